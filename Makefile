@@ -1,0 +1,39 @@
+# make setup | train | test | lint | bench ... every target sets up .venv first, pinned by constraints.txt.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install -q -c constraints.txt
+STAMP = .venv/.stamp
+
+.PHONY: setup train test test-all lint bench clean
+
+setup: $(STAMP)
+	@.venv/bin/python setup.py -q build_ext --inplace
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "interlace needs Python >= 3.10, found %s: make PYTHON=python3.11 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(PIP) "setuptools>=77" torch
+	$(PIP) --no-build-isolation -e ".[test,lint]"
+	@touch $@
+
+train: setup
+	.venv/bin/interlace train --nproc 2 --out runs/default model.tensor_model_parallel_size=2 model.sequence_parallel=true
+
+test: setup
+	.venv/bin/python -m pytest -m "not gpu and not slow"
+	TRITON_INTERPRET=1 .venv/bin/python -m pytest -m "not gpu and not slow" -k "interpret or kernel_matches"
+
+test-all: setup
+	.venv/bin/python -m pytest -m "not gpu"
+
+lint: setup
+	.venv/bin/ruff check .
+	@mkdir -p build/typing/interlace
+	@for f in kernels parallel models bench; do ln -sfn ../../../$$f build/typing/interlace/$$f; done
+	@for f in interlace/*.py interlace/py.typed; do ln -sfn ../../../$$f build/typing/interlace/; done
+	MYPYPATH=build/typing .venv/bin/mypy -p interlace
+
+bench: setup
+	.venv/bin/python -m pytest bench --benchmark-only
+
+clean:
+	rm -rf .venv build *.egg-info kernels/*.so kernels/_build.json

@@ -1,0 +1,116 @@
+// rms_norm on CPU: h = x (+ residual); y = h * rstd * w. Math and shapes: kernels/rms_norm.py
+#include <cmath>
+#include <vector>
+
+#include "common.h"
+
+namespace interlace {
+namespace {
+
+template <class T, class A> A sum_of_squares(const T* x, int64_t D) {
+  A s = 0;
+#pragma omp simd reduction(+ : s)
+  for (int64_t i = 0; i < D; i++) s += up(x[i]) * up(x[i]);
+  return s;
+}
+
+std::tuple<Tensor, Tensor> fwd(Tensor x, Tensor w, double eps) {
+  const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
+  Tensor y = torch::stable::empty_like(x);
+  Tensor rstd = torch::stable::new_empty(x, {N}, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  dispatch(x, "rms_norm", [&]<class T>(T) {
+    using A = acc_t<T>;
+    const T *xp = in<T>(x), *wp = in<T>(w);
+    T* yp = out<T>(y);
+    A* rp = out<A>(rstd);
+    rows(N, D, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) {
+        const T* xr = xp + n * D;
+        T* yr = yp + n * D;
+        const A r = A(1) / std::sqrt(sum_of_squares<T, A>(xr, D) / A(D) + A(eps));
+        rp[n] = r;
+#pragma omp simd
+        for (int64_t i = 0; i < D; i++) yr[i] = down<T>(up(xr[i]) * r * up(wp[i]));
+      }
+    });
+  });
+  return {y, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_fwd(Tensor x, Tensor residual, Tensor w, double eps) {
+  const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
+  Tensor h = torch::stable::empty_like(x), y = torch::stable::empty_like(x);
+  Tensor rstd = torch::stable::new_empty(x, {N}, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  dispatch(x, "add_rms_norm", [&]<class T>(T) {
+    using A = acc_t<T>;
+    const T *xp = in<T>(x), *sp = in<T>(residual), *wp = in<T>(w);
+    T *hp = out<T>(h), *yp = out<T>(y);
+    A* rp = out<A>(rstd);
+    rows(N, D, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) {
+        const T *xr = xp + n * D, *sr = sp + n * D;
+        T *hr = hp + n * D, *yr = yp + n * D;
+#pragma omp simd
+        for (int64_t i = 0; i < D; i++) hr[i] = down<T>(up(xr[i]) + up(sr[i]));
+        const A r = A(1) / std::sqrt(sum_of_squares<T, A>(hr, D) / A(D) + A(eps));
+        rp[n] = r;
+#pragma omp simd
+        for (int64_t i = 0; i < D; i++) yr[i] = down<T>(up(hr[i]) * r * up(wp[i]));
+      }
+    });
+  });
+  return {h, y, rstd};
+}
+
+// dh is the gradient that reaches h by its other use (the residual stream), added to dx; an empty tensor when there is none.
+std::tuple<Tensor, Tensor> bwd(Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor dh) {
+  const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
+  const int64_t P = std::max<int64_t>(1, std::min<int64_t>(N, torch::stable::get_num_threads()));  // partial sums of dw, fixed by N and threads
+  Tensor dx = torch::stable::empty_like(x), dw = torch::stable::empty_like(w);
+  const bool has_dh = dh.numel() > 0;
+  dispatch(x, "rms_norm", [&]<class T>(T) {
+    using A = acc_t<T>;
+    const T *dyp = in<T>(dy), *xp = in<T>(x), *wp = in<T>(w), *dhp = in<T>(dh);
+    const A* rp = in<A>(rstd);
+    T* dxp = out<T>(dx);
+    std::vector<A> partial(P * D, A(0));
+    torch::stable::parallel_for(0, P, 1, [&](int64_t p0, int64_t p1) {
+      for (int64_t p = p0; p < p1; p++) {
+        A* acc = partial.data() + p * D;
+        for (int64_t n = N * p / P; n < N * (p + 1) / P; n++) {
+          const T *dyr = dyp + n * D, *xr = xp + n * D, *dhr = dhp + n * D;
+          T* dxr = dxp + n * D;
+          const A r = rp[n];
+          A dot = 0;
+#pragma omp simd reduction(+ : dot)
+          for (int64_t i = 0; i < D; i++) dot += up(dyr[i]) * up(wp[i]) * up(xr[i]);
+          const A c = dot * r * r / A(D);  // mean(g * xhat) * rstd, so that dx = rstd * (g - x * c)
+          if (has_dh) {
+#pragma omp simd
+            for (int64_t i = 0; i < D; i++) dxr[i] = down<T>(r * (up(dyr[i]) * up(wp[i]) - up(xr[i]) * c) + up(dhr[i]));
+          } else {
+#pragma omp simd
+            for (int64_t i = 0; i < D; i++) dxr[i] = down<T>(r * (up(dyr[i]) * up(wp[i]) - up(xr[i]) * c));
+          }
+#pragma omp simd
+          for (int64_t i = 0; i < D; i++) acc[i] += up(dyr[i]) * up(xr[i]) * r;
+        }
+      }
+    });
+    T* dwp = out<T>(dw);
+    for (int64_t i = 0; i < D; i++) {
+      A s = 0;
+      for (int64_t p = 0; p < P; p++) s += partial[p * D + i];
+      dwp[i] = down<T>(s);
+    }
+  });
+  return {dx, dw};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(interlace, CPU, m) {
+  m.impl("rms_norm_fwd", TORCH_BOX(&fwd));
+  m.impl("add_rms_norm_fwd", TORCH_BOX(&add_fwd));
+  m.impl("rms_norm_bwd", TORCH_BOX(&bwd));
+}
+}  // namespace
+}  // namespace interlace

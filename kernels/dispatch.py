@@ -1,0 +1,92 @@
+"""What runs where: the one place that asks for Triton, for the C++ ops, and for the environment.
+
+    tensors                        runs
+    CUDA (not float64)             the Triton kernel
+    CPU                            the C++ op of csrc/cpu when built, else the reference
+    CPU with TRITON_INTERPRET=1    the Triton kernel, interpreted (not float64: the kernels accumulate in fp32)
+
+An op's schema stands in its kernels/<op>.py (`define`), not in C++: a pure-Python install needs it too. csrc/cpu/<op>.cpp
+only adds the CPU implementation to it.
+"""
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                                   # no wheel for macOS: the references still run there
+    class _Absent:
+        """Stands in for triton where it is not installed: kernels can be defined, not launched."""
+
+        constexpr = None
+
+        def jit(self, fn):
+            return fn
+
+    triton = tl = _Absent()  # type: ignore[assignment]
+
+__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "define", "fused", "tl", "triton"]
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
+_HERE = Path(__file__).parent
+LIB = torch.library.Library("interlace", "DEF")
+
+
+def build_info() -> dict[str, Any]:
+    """What setup.py built and why not the rest: {"runtime"|"cpu": {"built": bool, "why": str}, "cpu_flags": [...]}."""
+    path = _HERE / "_build.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _load_cpp() -> bool:
+    """Load the C++ CPU ops. They are compiled for the CPU they were built on, so refuse them on a lesser one."""
+    path = _HERE / "_cpu.so"
+    if not path.exists():
+        return False
+    try:
+        here = next((set(line.split(":")[1].split()) for line in open("/proc/cpuinfo") if line.startswith("flags")), set())
+    except OSError:
+        here = set()
+    missing = sorted(set(build_info().get("cpu_flags", ())) - here) if here else []
+    if missing:
+        warnings.warn(f"interlace: C++ ops were built for a CPU with {', '.join(missing)}, which this one lacks: "
+                      "using the references; rebuild with `pip install --no-build-isolation .`", stacklevel=2)
+        return False
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as e:
+        warnings.warn(f"interlace: C++ ops do not load with torch {torch.__version__}, using the references: {e}", stacklevel=2)
+        return False
+    return True
+
+
+CPP = not INTERPRET and not _REFERENCE_ONLY and _load_cpp()
+
+
+def define(schema: str, launch: Callable, fake: Callable) -> None:
+    """Declare op `interlace::<schema>`: its Triton launcher, and its fake for tracing. C++ adds the CPU side."""
+    name = schema.split("(")[0]
+    LIB.define(schema)
+    LIB.impl(name, launch, "CUDA")
+    if INTERPRET:
+        LIB.impl(name, launch, "CPU")
+    torch.library.register_fake(f"interlace::{name}", fake, lib=LIB)
+
+
+def fused(*tensors: Tensor) -> bool:
+    """True when an op over these tensors has a kernel here; False when its reference must run."""
+    if _REFERENCE_ONLY:
+        return False
+    if all(t.is_cuda for t in tensors):
+        return all(t.dtype != torch.float64 for t in tensors)
+    if all(t.device.type == "cpu" for t in tensors):
+        return CPP or (INTERPRET and all(t.dtype != torch.float64 for t in tensors))
+    return False

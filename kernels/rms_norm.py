@@ -1,0 +1,169 @@
+"""rms_norm: y = h * rstd * w,   rstd = 1 / sqrt(mean(h^2, -1) + eps),   h = x, or x + residual in add_rms_norm
+
+Shapes    x, residual, h, y, dy, dh, dx [N, D]    w, dw [D]    rstd [N] fp32 (fp64 for fp64), saved for backward
+Backward  xhat = h * rstd;  g = dy * w;  dx = rstd * (g - xhat * mean(g * xhat, -1)) + dh;  dw = sum(dy * xhat, 0)
+          add_rms_norm: dresidual = dx; dh is the gradient of the returned h.
+Bytes     fwd (2ND + D) * itemsize + 4N (add: 4ND)     bwd (3ND + 2D) * itemsize + 4N + 8PD   (P = number of partial sums)
+FLOPs     fwd 4ND   bwd 9ND  -> bandwidth-bound
+Numerics  statistics and dw partials in fp32, one rounding per output. One row per step: D <= 16384 in Triton.
+"""
+import torch
+from torch import Tensor
+
+from .dispatch import define, fused, tl, triton
+
+# ---- reference ------------------------------------------------------------------------------------------------
+
+
+def rms_norm_ref(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
+    xf = x if x.dtype == torch.float64 else x.float()                 # [..., D]
+    rstd = torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)      # [..., 1]
+    return (xf * rstd * w.to(xf.dtype)).to(x.dtype)
+
+
+def add_rms_norm_ref(x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    h = x + residual                                                  # [..., D]
+    return h, rms_norm_ref(h, w, eps)
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _fwd_kernel(x_ptr, res_ptr, w_ptr, h_ptr, y_ptr, rstd_ptr, D, eps, ADD: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK_D)                                      # [BLOCK_D]
+    mask = offs < D
+    x = tl.load(x_ptr + row * D + offs, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(res_ptr + row * D + offs, mask=mask, other=0.0).to(tl.float32)
+        h = x.to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + row * D + offs, h, mask=mask)
+        x = h.to(tl.float32)                                          # normalise what the backward will read
+    w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
+    tl.store(y_ptr + row * D + offs, x * rstd * w, mask=mask)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _bwd_kernel(dy_ptr, h_ptr, w_ptr, rstd_ptr, dh_ptr, dx_ptr, dw_ptr, N, D, DH: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK_D)
+    mask = offs < D
+    w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for row in range(pid, N, tl.num_programs(0)):                     # strided rows: dw stays in registers
+        at = row * D + offs
+        x = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        xhat = x * rstd
+        g = dy * w
+        dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=0) / D))
+        if DH:
+            dx += tl.load(dh_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        dw += dy * xhat
+        tl.store(dx_ptr + at, dx, mask=mask)
+    tl.store(dw_ptr + pid * D + offs, dw, mask=mask)                  # [P, D] partials, summed by the launcher
+
+
+# ---- ops ------------------------------------------------------------------------------------------------------
+
+
+def _launch_fwd(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    D = x.shape[-1]
+    h, y = torch.empty_like(x) if residual is not None else x, torch.empty_like(x)
+    rstd = x.new_empty(x.numel() // max(D, 1), dtype=torch.float32)
+    if rstd.numel():
+        _fwd_kernel[(rstd.numel(),)](x, residual, w, h, y, rstd, D, eps, residual is not None, triton.next_power_of_2(D))
+    return h, y, rstd
+
+
+def _launch_bwd(dy: Tensor, h: Tensor, w: Tensor, rstd: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+    N, D = rstd.numel(), h.shape[-1]
+    P = min(N, 4 * torch.cuda.get_device_properties(h.device).multi_processor_count) if h.is_cuda else min(N, 4)
+    dx, dw = torch.empty_like(h), h.new_empty(P, D, dtype=torch.float32)
+    if N:
+        _bwd_kernel[(P,)](dy, h, w, rstd, dh, dx, dw, N, D, dh.numel() > 0, triton.next_power_of_2(D))
+    return dx, dw.sum(0).to(w.dtype)
+
+
+def _stat(x: Tensor) -> Tensor:
+    return x.new_empty(x.numel() // max(x.shape[-1], 1), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+define("rms_norm_fwd(Tensor x, Tensor w, float eps) -> (Tensor, Tensor)",
+       lambda x, w, eps: _launch_fwd(x, None, w, eps)[1:],
+       lambda x, w, eps: (torch.empty_like(x), _stat(x)))
+define("add_rms_norm_fwd(Tensor x, Tensor residual, Tensor w, float eps) -> (Tensor, Tensor, Tensor)",
+       _launch_fwd,
+       lambda x, residual, w, eps: (torch.empty_like(x), torch.empty_like(x), _stat(x)))
+define("rms_norm_bwd(Tensor dy, Tensor h, Tensor w, Tensor rstd, Tensor dh) -> (Tensor, Tensor)",
+       _launch_bwd,
+       lambda dy, h, w, rstd, dh: (torch.empty_like(h), torch.empty_like(w)))
+
+# ---- autograd -------------------------------------------------------------------------------------------------
+
+
+def _setup(ctx, inputs, output):
+    x, w, _ = inputs
+    ctx.save_for_backward(x, w, output[1])
+
+
+def _backward(ctx, dy, _drstd):
+    x, w, rstd = ctx.saved_tensors
+    dx, dw = torch.ops.interlace.rms_norm_bwd(dy.contiguous(), x, w, rstd, x.new_empty(0))
+    return dx, dw, None
+
+
+def _add_setup(ctx, inputs, output):
+    ctx.save_for_backward(output[0], inputs[2], output[2])
+
+
+def _add_backward(ctx, dh, dy, _drstd):
+    h, w, rstd = ctx.saved_tensors
+    dx, dw = torch.ops.interlace.rms_norm_bwd(dy.contiguous(), h, w, rstd, dh.contiguous())
+    return dx, dx, dw, None
+
+
+torch.library.register_autograd("interlace::rms_norm_fwd", _backward, setup_context=_setup)
+torch.library.register_autograd("interlace::add_rms_norm_fwd", _add_backward, setup_context=_add_setup)
+
+# ---- public ---------------------------------------------------------------------------------------------------
+
+
+def _check(op: str, x: Tensor, w: Tensor) -> None:
+    if w.shape != x.shape[-1:]:
+        raise ValueError(f"{op}: w must be [{x.shape[-1]}], the last dimension of x, got {list(w.shape)}")
+    if w.dtype != x.dtype:
+        raise ValueError(f"{op}: x and w must have one dtype, got {x.dtype} and {w.dtype}; cast one of them")
+    if x.is_cuda and x.shape[-1] > 16384:
+        raise ValueError(f"{op}: D must be <= 16384 on CUDA, got {x.shape[-1]}; use {op}_ref")
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
+    """RMS normalisation over the last dimension.
+
+    Args: x [..., D] float32, bfloat16, float16 or float64; w [D] of the same dtype.
+    Returns: y [..., D]. Raises: ValueError when w is not [D] or of another dtype. Source: arXiv:1910.07467.
+    """
+    _check("rms_norm", x, w)
+    if not fused(x, w):
+        return rms_norm_ref(x, w, eps)
+    return torch.ops.interlace.rms_norm_fwd(x.contiguous(), w, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """h = x + residual, y = rms_norm(h, w), in one pass.
+
+    Args: x, residual [..., D] of one shape and dtype; w [D]. Returns: (h, y). Raises: ValueError as `rms_norm`.
+    """
+    _check("add_rms_norm", x, w)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(f"add_rms_norm: residual must be {list(x.shape)} {x.dtype} like x, "
+                         f"got {list(residual.shape)} {residual.dtype}")
+    if not fused(x, residual, w):
+        return add_rms_norm_ref(x, residual, w, eps)
+    h, y, _ = torch.ops.interlace.add_rms_norm_fwd(x.contiguous(), residual.contiguous(), w, eps)
+    return h, y
