@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels.dispatch import tune_malloc
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -62,6 +64,7 @@ def compare(op: str, ways: dict[str, Callable[[], Any]], *, truth: Any, case: di
     """Time `ways` against one another; each returns a tensor (or a tuple) to hold against `truth`. Rows, ours first.
 
     inner: calls in a row for one timing, for work shorter than a clock can tell. With a group, only rank 0 writes."""
+    tune_malloc()
     errors = {name: error(fn(), truth) for name, fn in ways.items()}
     for _ in range(warmup):
         for fn in ways.values():
@@ -110,6 +113,7 @@ def _write(op: str, rows: list[dict[str, Any]], case: dict[str, Any]) -> None:
 
 def _rank(rank: int, world: int, path: str, threads: int, fn: Callable, args: tuple) -> None:
     torch.set_num_threads(threads)
+    tune_malloc()
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     fn(rank, *args)
     dist.destroy_process_group()
