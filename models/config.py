@@ -355,14 +355,9 @@ def _unknown(key: str) -> str:
     section, _, last = key.rpartition(".")
     here = {k.rsplit(".", 1)[1]: k for k in _KEYS if k.rsplit(".", 1)[0] == section}
     words = {k.rsplit(".", 1)[1]: k for k in _KEYS}
-    if last in words:
-        close = words[last]
-    elif (near := nearest(last, [*here, *ALIASES] if section == "model" else here)) is not None:
-        close = here.get(near) or ALIASES[near]
-    elif (near := nearest(last, words)) is not None:
-        close = words[near]
-    else:
-        close = nearest(key, _KEYS)
+    near = last if last in words else nearest(last, [*here, *ALIASES] if section == "model" else here)
+    near = near or nearest(last, words)
+    close = here.get(near) or ALIASES.get(near) or words[near] if near else nearest(key, _KEYS)
     if close:
         return f"unknown key {key}; did you mean {close}?"
     if here:
