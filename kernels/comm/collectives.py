@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .heap import CODES, LIB, SymmHeap, _heaps, heap_of
 
-__all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
+__all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "group_size", "reduce_scatter"]
 
 Group = dist.ProcessGroup | SymmHeap | None
 _OPS = {"sum": (0, dist.ReduceOp.SUM), "max": (1, dist.ReduceOp.MAX)}
@@ -41,6 +41,11 @@ def _torch_group(x: Tensor, group: Group) -> tuple[dist.ProcessGroup | None, int
     if type(group) is SymmHeap:
         group = group.group
     return group, 1 if group is None else dist.get_world_size(group)  # type: ignore[return-value, arg-type]
+
+
+def group_size(group: Group) -> int:
+    """The number of ranks of `group`: 1 for None."""
+    return group.size if type(group) is SymmHeap else 1 if group is None else dist.get_world_size(group)  # type: ignore[union-attr, arg-type]
 
 
 def _result(op: str, x: Tensor, shape: tuple[int, ...] | torch.Size, out: Tensor | None) -> Tensor:

@@ -36,7 +36,7 @@ def reduced_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
         return all_reduce(gemm(a, b), group)
     (M, _), (_, N) = a.shape, b.shape
     y = a.new_empty(M, N)
-    step = heap.capacity // max(1, N * a.element_size())              # rows that fit a slot
+    step = heap.nbytes // max(1, N * a.element_size())              # rows that fit a slot
     if step == 0 or M == 0:
         return all_reduce(gemm(a, b), heap, out=y)
     for i in range(0, M, step):
