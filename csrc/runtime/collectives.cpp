@@ -59,9 +59,11 @@ int one_shot(Heap& h, const char* src, char* dst, int64_t n, int64_t c, int64_t 
 // which nobody needs as an input.
 int two_shot(Heap& h, const char* src, char* dst, int64_t n, int64_t c, int64_t size, Reduce reduce, const Desc& d) {
   std::vector<const void*> from(h.world);
-  const int64_t K = chunks(n, c), step = 64 / size;
-  auto part = [&](int64_t k, int r, int64_t& begin) {  // elements of part r of chunk k, on cache-line boundaries
-    const int64_t m = length(n, c, k), p = ((m + h.world - 1) / h.world + step - 1) / step * step;
+  const int64_t K = chunks(n, c), line = 64 / size;
+  // On cache lines, and the same in the shorter last chunk: its inputs must not fall on the sums of the one before.
+  const int64_t p = ((std::min(n, c) + h.world - 1) / h.world + line - 1) / line * line;
+  auto part = [&](int64_t k, int r, int64_t& begin) {  // elements of part r of chunk k
+    const int64_t m = length(n, c, k);
     begin = std::min(m, r * p);
     return std::min(m, (r + 1) * p) - begin;
   };

@@ -96,7 +96,7 @@ int wait_long(Heap& h, int q, uint32_t t, uint32_t op) {
              gone ? "died" : state == CLOSED ? "closed the heap" : "gave up after an error of its own", t, got);
       return give_up(h, DIED, "a rank was lost");
     }
-    if (h.poll && h.poll()) {
+    if (h.poll && syscall(SYS_gettid) == getpid() && h.poll()) {  // Python runs signal handlers in the main thread only
       h.fail(INTERRUPTED, "%s: interrupted while waiting for %s", op_name(op), who(h, q).c_str());
       return give_up(h, INTERRUPTED, "an interrupted wait");
     }
@@ -224,7 +224,7 @@ INTERLACE_API int interlace_heap_map(const char* path, int rank, int world, int6
   const bool roomy = !sched_getaffinity(0, sizeof cores, &cores) && CPU_COUNT(&cores) >= local_ranks;
   h->spin = roomy ? 2000 : 0;
   h->yields = 100;
-  h->chunk = 256 << 10;
+  h->chunk = std::min<int64_t>(256 << 10, slot);
   h->two_shot = world > 2 ? 256 << 10 : INT64_MAX;
   *out = h;
   return OK;

@@ -13,9 +13,9 @@ import itertools
 import os
 import secrets
 import socket
-import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -48,21 +48,28 @@ class HeapUnavailable(RuntimeError):
 # ---- the library ----------------------------------------------------------------------------------------------
 
 _POLL = ctypes.CFUNCTYPE(ctypes.c_int)
-_interrupt = threading.local()
+_interrupt: list[BaseException] = []                                 # what the handler raised
 
 
-def _on_wait() -> int:
-    """Asked every 50 ms of a long wait. Being Python, it runs pending signal handlers: Ctrl-C ends a stuck collective."""
-    try:
-        for _ in range(2):                                            # a loop: the interpreter looks for signals at its jump
-            pass
-        return 0
-    except BaseException as e:
-        _interrupt.error = e
-        return 1
+def _signals() -> Iterator[int]:
+    """Asked every 50 ms of a long wait of the main thread. Resuming Python code runs pending signal handlers, so Ctrl-C ends
+    a stuck collective. A generator: what a handler raises arrives inside the try block, not before a function's first line."""
+    caught = 0
+    while True:
+        try:
+            while True:
+                yield caught
+                caught = 0
+        except GeneratorExit:
+            return
+        except BaseException as e:
+            _interrupt.append(e)
+            caught = 1
 
 
-_POLLER = _POLL(_on_wait)
+_watch = _signals()
+next(_watch)
+_POLLER = _POLL(_watch.__next__)
 
 
 def _load() -> tuple[Any, str]:
@@ -137,7 +144,7 @@ class SymmHeap:
                  directory: str = SHM, _buffers: int = 2):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.name = name or next((n for n in (group.group_desc, group.group_name) if n and n != "undefined"), "?")
-        self.nbytes = -(-nbytes // 4096) * 4096
+        self.nbytes = -(-max(nbytes, 64 * self.size) // 4096) * 4096         # pages, and a cache line for each rank
         self._segment: _Segment | None = None
         self.handle = 0
         if nbytes <= 0 or timeout <= 0:
@@ -209,8 +216,8 @@ class SymmHeap:
 
     def fail(self, rc: int) -> None:
         """Raise the error of a collective that returned `rc`."""
-        if rc == 4 and (interrupt := _interrupt.__dict__.pop("error", None)) is not None:
-            raise interrupt
+        if rc == 4:
+            raise _interrupt.pop()
         if rc == 8:
             raise RuntimeError(f"the heap of group '{self.name}' is in a collective of another thread; one at a time, or one heap each")
         kind = {1: CollectiveMismatch, 2: TimeoutError, 3: PeerDied}.get(rc, RuntimeError)
