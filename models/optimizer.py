@@ -1,7 +1,7 @@
 """AdamW over this rank's parameters: schedule, global gradient clip, fp32 masters for 16-bit parameters.
 
     g = sum over micro-batches of grad / number of micro-batches     in fp32 whatever the parameter's type (fp64 for fp64)
-    g = g * min(1, clip_grad / |g|)                                  |g| over the whole model, every parameter once, in fp64
+    g = g * min(1, clip_grad / (|g| + 1e-6))                         |g| over the whole model, every parameter once, in fp64
     torch.optim.AdamW(fused=True) on the masters; lr: linear warm-up, then cosine (or linear, or constant) to min_lr
 """
 import math
@@ -17,7 +17,7 @@ from .config import OptimConfig
 def learning_rate(cfg: OptimConfig, step: int, max_steps: int) -> float:
     """The rate of step 1, 2, ...: step / warmup_steps of lr during the warm-up, min_lr from decay_steps on."""
     warmup, end = cfg.sched.warmup_steps, cfg.sched.decay_steps or max_steps
-    if step <= warmup:
+    if step < warmup:
         return cfg.lr * step / warmup
     if cfg.sched.decay == "constant":
         return cfg.lr
@@ -57,8 +57,8 @@ class Optimizer:
         norm = grad_norm(self.model, self.tp, self.grad_of).item()
         if math.isfinite(norm):
             grads = [m.grad for m in self.masters.values() if m.grad is not None]
-            if 0 < self.cfg.clip_grad < norm:
-                torch._foreach_mul_(grads, self.cfg.clip_grad / norm)
+            if self.cfg.clip_grad and (scale := self.cfg.clip_grad / (norm + 1e-6)) < 1:
+                torch._foreach_mul_(grads, scale)
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
