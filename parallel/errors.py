@@ -2,7 +2,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "nearest", "raise_problems"]
+__all__ = ["RunError", "UserError", "nearest", "raise_problems"]
 
 
 class UserError(ValueError):
@@ -22,3 +22,7 @@ def raise_problems(what: str, problems: list[str]) -> None:
         raise UserError(f"{what}: {problems[0]}")
     if problems:
         raise UserError("\n  - ".join([f"{what}: {len(problems)} problems", *problems]))
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, in one message without a traceback. `interlace` prints it and exits with 1."""
