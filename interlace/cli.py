@@ -173,8 +173,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    config, world = _config(args)
     from .models.explain import explain
-    print(explain(*_config(args)))
+    print(explain(config, world))
     return 0
 
 
