@@ -9,6 +9,7 @@ An op's schema stands in its kernels/<op>.py (`define`), not in C++: a pure-Pyth
 only adds the CPU implementation to it.
 """
 import ctypes
+import functools
 import json
 import os
 import warnings
@@ -33,7 +34,7 @@ except ImportError:                                                   # no wheel
 
     triton = tl = _Absent()  # type: ignore[assignment]
 
-__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "define", "fused", "tl", "triton", "tune_malloc"]
+__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "fused", "tl", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -47,16 +48,21 @@ def build_info() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """This CPU's instruction sets in /proc/cpuinfo's words; empty where there is no such file."""
+    try:
+        return frozenset(next(ln.split(":")[1] for ln in open("/proc/cpuinfo") if ln.startswith("flags")).split())
+    except (OSError, StopIteration):
+        return frozenset()
+
+
 def _load_cpp() -> bool:
     """Load the C++ CPU ops. They are compiled for the CPU they were built on, so refuse them on a lesser one."""
     path = _HERE / "_cpu.so"
     if not path.exists():
         return False
-    try:
-        here = next((set(line.split(":")[1].split()) for line in open("/proc/cpuinfo") if line.startswith("flags")), set())
-    except OSError:
-        here = set()
-    missing = sorted(set(build_info().get("cpu_flags", ())) - here) if here else []
+    missing = sorted(set(build_info().get("cpu_flags", ())) - cpu_flags()) if cpu_flags() else []
     if missing:
         warnings.warn(f"interlace: C++ ops were built for a CPU with {', '.join(missing)}, which this one lacks: "
                       "using the references; rebuild with `pip install --no-build-isolation .`", stacklevel=2)

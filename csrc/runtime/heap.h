@@ -1,0 +1,103 @@
+// The CPU symmetric heap: one shared segment per group, two data buffers and one signal line per rank.
+//
+//   segment   [ Line x world | pad to a page | buffer 0 of rank 0 | buffer 1 of rank 0 | buffer 0 of rank 1 | ... ]
+//
+// Every collective is a row of ticks. Rank r counts its ticks in line[r].epoch, which only r writes. Tick t of a rank:
+//     1. write into its own buffer t & 1                        (the data of tick t)
+//     2. signal: line[r].epoch = t                              (release)
+//     3. wait until line[q].epoch >= t for every q              (acquire)
+//     4. read anybody's buffer t & 1
+// Why one wait per tick is enough with two buffers. Rank r writes buffer t & 1 again at tick t + 2, step 1. Before that it
+// passed the wait of tick t + 1, so every q had signalled t + 1, which q does only after its own step 4 of tick t: nobody
+// still reads what r overwrites. And r reads at step 4 of tick t what q wrote before signalling t; q cannot have gone on to
+// overwrite it, since q's tick t + 2 needs r's signal t + 1, which r has not sent. So a rank is never more than one tick
+// ahead of a reader, in any order of ops, and no op needs a barrier of its own. With one buffer (`buffers` = 1, tests only)
+// the first sentence fails: r may write tick t + 1 while q reads tick t, and test_heap.py shows it does.
+//
+// Epochs are u32 (a futex word) compared by signed difference, so they may wrap: ranks are at most one tick apart. They live
+// in the segment, not in a process. With the first signal of a collective goes a descriptor (op, dtype, size) in
+// line[r].desc[t & 1]; it is protected by the same argument as the data. All ranks see all descriptors, so all of them refuse
+// a mismatch, at the same tick, and the heap stays in step.
+#pragma once
+#include <atomic>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace interlace {
+
+struct Desc {
+  uint32_t op, dtype, red, staged;
+  int64_t numel;
+  bool operator==(const Desc& o) const {
+    return op == o.op && dtype == o.dtype && red == o.red && staged == o.staged && numel == o.numel;
+  }
+};
+
+// Two cache lines: the adjacent-line prefetcher would otherwise pull a neighbour's signal along.
+struct alignas(128) Line {
+  std::atomic<uint32_t> epoch;     // last tick this rank has signalled
+  std::atomic<uint32_t> sleepers;  // ranks in a futex wait on `epoch`: no wake-up call while it is 0
+  std::atomic<uint32_t> state;     // OPEN, CLOSED by its owner, or BROKEN: gave up after an error
+  Desc desc[2];
+};
+static_assert(sizeof(Line) == 128 && std::atomic<uint32_t>::is_always_lock_free);
+
+enum State : uint32_t { OPEN = 0, CLOSED = 1, BROKEN = 2 };
+enum Op : uint32_t { BARRIER, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL };
+enum Code { OK = 0, MISMATCH = 1, TIMEOUT = 2, DIED = 3, INTERRUPTED = 4, UNUSABLE = 5, SYSTEM = 6, NO_SPACE = 7, BUSY = 8 };
+
+struct Peer {
+  int pid, global_rank, pidfd;
+};
+
+struct Heap {
+  int rank, world;
+  int64_t slot;          // bytes of one buffer
+  int buffers = 2;       // 1 only in the negative control
+  char* base = nullptr;
+  int64_t mapped = 0;
+  Line* line = nullptr;  // [world]
+  char* data = nullptr;
+  double timeout;        // seconds a wait may last
+  int spin = 0, yields = 0;
+  int64_t chunk = 0, two_shot = 0;
+  std::string name;
+  std::vector<Peer> peers;
+  int (*poll)() = nullptr;      // asked between slices of a long wait: nonzero to give up (a signal arrived)
+  int poison = 0, delay_us = 0; // tests: fill a buffer with NaN before it is written, dawdle before it is read
+  std::atomic_flag busy = ATOMIC_FLAG_INIT;
+  const char* broken = nullptr;
+  char err[1024] = "";
+
+  uint32_t epoch() const { return line[rank].epoch.load(std::memory_order_relaxed); }
+  char* buffer(int r, uint32_t t) const { return data + (int64_t(r) * 2 + (t & uint32_t(buffers - 1))) * slot; }
+  bool owns(const void* p) const { return p >= buffer(rank, 0) && p < buffer(rank, 0) + 2 * slot; }
+  int fail(int code, const char* format, ...) __attribute__((format(printf, 3, 4))) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(err, sizeof err, format, args);
+    va_end(args);
+    return code;
+  }
+};
+
+const char* op_name(uint32_t op);
+std::string describe(const Desc& d);
+char* begin(Heap& h, uint32_t t);                      // step 1: my buffer of tick t, about to be written
+void signal(Heap& h, uint32_t t);                      // step 2
+int wait_all(Heap& h, uint32_t t, uint32_t op);        // step 3
+int first_tick(Heap& h, uint32_t t, const Desc& mine); // steps 2 and 3 with the descriptor: MISMATCH where they differ
+
+// The sums, built once per instruction set and picked at load time (reduce.h). src: [world] pointers, summed in rank order.
+using Reduce = void (*)(void* dst, const void* const* src, int world, int64_t n);
+struct Kernels {
+  Reduce reduce[2][6];  // [sum, max][float64, float32, bfloat16, float16, int64, int32]
+};
+const Kernels& kernels();
+}  // namespace interlace
+
+#define INTERLACE_API extern "C" __attribute__((visibility("default")))
