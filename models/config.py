@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from ..parallel.errors import UserError, nearest, raise_problems
 
-__all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "SchedConfig", "TrainerConfig", "load_config",
-           "to_dict", "to_yaml"]
+__all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "SchedConfig", "TrainerConfig", "from_dict",
+           "load_config", "to_dict", "to_yaml"]
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,17 @@ def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] 
         values.update(_flat(_read_yaml(path), problems, str(path)))
     for text in overrides:
         values.update(_override(text, problems))
+    return _build(values, problems)
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """What `to_dict` gave, as a config again."""
+    problems: list[str] = []
+    return _build(_flat(tree, problems, "the config"), problems)
+
+
+def _build(values: dict[str, Any], problems: list[str]) -> Config:
+    """The config of {full key: value}, or one UserError: `problems` and every value that breaks its field's rule."""
     sections: dict[str, dict[str, Any]] = {section: {} for section in _SECTION.values()}
     for key, value in values.items():
         section, name = key.rsplit(".", 1)
