@@ -82,6 +82,9 @@ class Block(nn.Module):
 
 
 class TorchGPT(nn.Module):
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, c: Config):
         super().__init__()
         self.embedding = nn.Embedding(c.vocab, c.hidden)
@@ -171,6 +174,7 @@ def _check(rank: int, c: Config, batch: int) -> None:
         model = parallelize(_make(c, batch, torch.float64)[0], world, sp)
         loss, worst = (step(model, ids, labels) - want).abs().item(), 0.0
         for (name, p), q in zip(model.named_parameters(), dense.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
             grad = _full(p.grad)
             error = ((grad - q.grad).abs().max() / q.grad.abs().max()).item()
             assert error < 1e-10, f"tp{world} sp={sp}: gradient of {name} is off by {error:.1e}"
