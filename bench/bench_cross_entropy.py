@@ -1,4 +1,6 @@
 """cross_entropy, forward + backward, against torch's own. `python -m interlace.bench.bench_cross_entropy`"""
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -27,9 +29,9 @@ def main() -> None:
             def eager_fp32(x, targets, eager=eager):
                 return eager(x.float(), targets)
 
-            compare("cross_entropy", {"interlace": lambda b=both: b(cross_entropy),
-                                      "torch F.cross_entropy": lambda b=both, e=eager: b(e),
-                                      "torch, in fp32": lambda b=both, e=eager_fp32: b(e)},
+            compare("cross_entropy", {"interlace": partial(both, cross_entropy),
+                                      "torch F.cross_entropy": partial(both, eager),
+                                      "torch, in fp32": partial(both, eager_fp32)},
                     truth=both(eager, cast=torch.float64), nbytes=3 * N * V * x.element_size(),
                     case={"N": N, "V": V, "dtype": str(dtype)[6:], "pass": "fwd+bwd"})
 
