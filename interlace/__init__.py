@@ -2,16 +2,15 @@
 from importlib import import_module
 
 _NAMES = {                                                            # public name -> module
-    "Config": "models.config",
+    **dict.fromkeys(("Config", "ModelConfig", "load_config"), "models.config"),
     "GPT": "models.gpt",
-    "Layout": "parallel.layout",
-    "Mesh": "parallel.mesh",
-    "ModelConfig": "models.config",
-    "RunError": "parallel.errors",
-    "UserError": "parallel.errors",
-    "add_rms_norm": "kernels",
-    "load_config": "models.config",
-    "rms_norm": "kernels",
+    **dict.fromkeys(("RunError", "UserError"), "parallel.errors"),
+    **dict.fromkeys(("Axis", "ColumnParallelLinear", "Layout", "Mesh", "RowParallelLinear", "VocabParallelEmbedding",
+                     "vocab_parallel_cross_entropy"), "parallel"),
+    **dict.fromkeys(("add_layer_norm", "add_rms_norm", "cross_entropy", "dropout", "layer_norm", "rms_norm", "rope",
+                     "rope_tables", "swiglu"), "kernels"),
+    **dict.fromkeys(("SymmHeap", "ag_gemm", "all_gather", "all_reduce", "all_to_all", "gemm_ar", "gemm_rs",
+                     "reduce_scatter", "rs_residual_norm"), "kernels.comm"),
 }
 _FOLDERS = ("bench", "kernels", "models", "parallel")
 

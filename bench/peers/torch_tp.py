@@ -141,12 +141,12 @@ def parallelize(model: TorchGPT, world: int, sequence_parallel: bool = False) ->
     return model
 
 
-def step(model: TorchGPT, ids: Tensor, labels: Tensor) -> Tensor:
-    """Forward and backward; loss_parallel must span both. Returns the loss."""
+def step(model: TorchGPT, ids: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
+    """Forward and backward of scale * loss; loss_parallel must span both. Returns the loss, not scaled."""
     parallel = isinstance(model.lm_head.weight, DTensor)
     with loss_parallel() if parallel else contextlib.nullcontext():
         loss = model(ids, labels)
-        loss.backward()
+        (loss * scale).backward()
     return _full(loss.detach())
 
 

@@ -1,7 +1,7 @@
 // cross_entropy on CPU: row statistics of one slice of the vocabulary, and its gradient. Math: kernels/cross_entropy.py
 #include <limits>
 
-#include "half.h"
+#include "common.h"
 #include "math.h"
 
 namespace interlace {
@@ -12,14 +12,14 @@ constexpr int64_t BLOCK = 1024;  // columns: 4 KB in fp32, so that the second lo
 template <class T, class A> A block_max(const T* x, int64_t n) {
   A m = -std::numeric_limits<A>::infinity();
 #pragma omp simd reduction(max : m)
-  for (int64_t i = 0; i < n; i++) m = widen(x[i]) > m ? widen(x[i]) : m;
+  for (int64_t i = 0; i < n; i++) m = up(x[i]) > m ? up(x[i]) : m;
   return m;  // passes over NaN: the sum of exp carries it
 }
 
 template <class T, class A> A block_sum(const T* x, int64_t n, A shift) {
   A s = 0;
 #pragma omp simd reduction(+ : s)
-  for (int64_t i = 0; i < n; i++) s += exp_(widen(x[i]) - shift);
+  for (int64_t i = 0; i < n; i++) s += exp_(up(x[i]) - shift);
   return s;
 }
 
@@ -52,7 +52,7 @@ Tensor stats(Tensor logits, Tensor targets, int64_t first, int64_t valid, int64_
         const int64_t t = tp[n] - first;
         rp[3 * n] = m;
         rp[3 * n + 1] = static_cast<A>(sum);
-        rp[3 * n + 2] = !ignored && t >= 0 && t < valid ? widen(x[t]) : A(0);
+        rp[3 * n + 2] = !ignored && t >= 0 && t < valid ? up(x[t]) : A(0);
       }
     });
   });
@@ -77,8 +77,8 @@ Tensor bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor shift, Tensor tot
         const int64_t t = tp[n] - first, last = tp[n] == ignore_index ? 0 : valid;
         const A s = sp[n], g = dp[n], scale = g / zp[n];
 #pragma omp simd
-        for (int64_t i = 0; i < last; i++) d[i] = narrow<T>(exp_(widen(x[i]) - s) * scale);
-        if (t >= 0 && t < last) d[t] = narrow<T>(exp_(widen(x[t]) - s) * scale - g);
+        for (int64_t i = 0; i < last; i++) d[i] = down<T>(exp_(up(x[i]) - s) * scale);
+        if (t >= 0 && t < last) d[t] = down<T>(exp_(up(x[t]) - s) * scale - g);
         std::memset(static_cast<void*>(d + last), 0, (V - last) * sizeof(T));  // +0 in every float type
       }
     });

@@ -1,7 +1,7 @@
 // dropout on CPU: y = keep ? x * scale : 0, keep from a hash of the element's global index. Math: kernels/dropout.py
 #include <vector>
 
-#include "half.h"
+#include "common.h"
 
 namespace interlace {
 namespace {
@@ -21,7 +21,7 @@ template <class T, class A> void run(const T* x, T* y, int64_t n, uint64_t start
 #pragma omp simd
     for (int64_t j = 0; j < len; j++) u[j] = static_cast<uint32_t>(mix(start + static_cast<uint64_t>(i + j) * step) >> 40);
 #pragma omp simd
-    for (int64_t j = 0; j < len; j++) y[i + j] = narrow<T>(u[j] >= threshold ? widen(x[i + j]) * scale : A(0));
+    for (int64_t j = 0; j < len; j++) y[i + j] = down<T>(u[j] >= threshold ? up(x[i + j]) * scale : A(0));
   }
 }
 
