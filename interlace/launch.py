@@ -118,7 +118,7 @@ class _Ranks:
                 codes = [p.poll() for p in self.procs]
                 if any(codes):
                     self.noticed = time.monotonic()
-                    return self._fail()
+                    return self._fail(again)
                 if None not in codes:
                     return 0
                 time.sleep(0.02)
@@ -130,7 +130,7 @@ class _Ranks:
             for s, handler in self.handlers.items():
                 signal.signal(s, handler)
 
-    def _fail(self) -> int:
+    def _fail(self, again: str) -> int:
         """One rank failed: find which was first, stop the others, show its error."""
         self._wait(SETTLE)
         rank, report = self._first()
@@ -143,7 +143,7 @@ class _Ranks:
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             cause = CAUSES.get(name, "It crashed in native code")
-            _say(f"{who} was killed by {name}; the other ranks were stopped. {cause}{log}")
+            _say(f"{who} was killed by {name}; the other ranks were stopped. {cause}. Then {again}{log}")
             return 1
         if report.get("kind") == "crash":
             _say(f"{who} failed; the other ranks were stopped\n{report['text']}")
@@ -189,9 +189,9 @@ class _Ranks:
         for p in alive:
             p.kill()
             p.wait()
-        if sys.stderr.isatty():
-            sys.stderr.write("\x1b[?25h\n")                           # the progress bar had hidden the cursor
 
 
 def _say(message: str) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h\n")                               # a progress bar that died hid the cursor
     print(f"interlace: {message}", file=sys.stderr, flush=True)

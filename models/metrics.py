@@ -52,8 +52,7 @@ class Progress:
         self._start, self._bar = time.monotonic(), None
         if self._file.isatty():
             self._bar = self._make_bar()
-            self._task = self._bar.add_task(str(out), total=max_steps, completed=step, loss=float("nan"), rate=0.0,
-                                           left="-")
+            self._task = self._bar.add_task(str(out), total=max_steps, completed=step, text="starting")
             self._bar.start()
 
     def _make_bar(self) -> Any:
@@ -61,8 +60,7 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
         return Bar(TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-                   TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-                   TimeElapsedColumn(), TextColumn("{task.fields[left]} left"),
+                   TimeElapsedColumn(), TextColumn("{task.fields[text]}"),
                    console=Console(file=self._file), refresh_per_second=4)
 
     def update(self, row: dict[str, Any]) -> None:
@@ -71,7 +69,8 @@ class Progress:
         done = step - self._first
         left = _clock((time.monotonic() - self._start) / done * (self._max - step)) if done > 0 else "-"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, loss=row["loss"], rate=row["tokens_per_second"], left=left)
+            text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s  {left} left"
+            self._bar.update(self._task, completed=step, text=text)
         elif step % self._every == 0 or step == self._max:
             norm = f"  grad_norm {row['grad_norm']:.3f}" if row.get("grad_norm") is not None else ""
             print(f"step {step}/{self._max}  loss {row['loss']:.4f}{norm}  {row['tokens_per_second']:,.0f} tokens/s  "
@@ -120,9 +119,9 @@ def plot_loss(out: str | Path, *, file: TextIO | None = None) -> Path | None:
     return path
 
 
-def _smooth(values: list[float], keep: float = 0.95) -> list[float]:
-    """Exponential running mean, unbiased from the first value on."""
-    out, total, weight = [], 0.0, 0.0
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential running mean over about a twentieth of the run, unbiased from the first value on."""
+    out, total, weight, keep = [], 0.0, 0.0, max(0.0, 1 - 20 / len(values))
     for v in values:
         total, weight = keep * total + (1 - keep) * v, keep * weight + (1 - keep)
         out.append(total / weight)

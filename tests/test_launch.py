@@ -141,7 +141,7 @@ def test_interrupted(tmp_path, number, status):
 
 
 def test_no_rank_outlives_a_killed_parent(tmp_path):
-    proc = start(2, "waits", folder=str(tmp_path), stubborn=True)
+    proc = start(2, "waits", env={"TMPDIR": str(tmp_path)}, folder=str(tmp_path), stubborn=True)
     found = pids(tmp_path, 2)
     proc.kill()
     check_gone(found, 5)
