@@ -156,7 +156,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, first: int = 0, valid: int
 
     Args: logits [N, V/t] float32, bfloat16, float16 or float64; targets [N] int64, ids in the whole vocabulary;
         valid: columns of this slice that are real; the rest is padding, out of the softmax and with gradient zero
-        (None: all; 0 is fine); gather: [N, 3] -> [t, N, 3], all-gathers over the ranks in rank order (None: one rank);
+        (None: all; 0 is fine); gather: [N, 3] -> [t, N, 3], all-gathers over the ranks in rank order, and is differentiable where the
+        reference runs (parallel.collectives.stack_from; None: one rank);
         ignore_index: rows with this target have loss and gradient zero.
     Returns: loss [N], float32 (float64 for float64), the same on every rank.
     A target outside the vocabulary goes unseen (its row's loss is lse): no rank alone can tell. The caller checks.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,10 @@ class Run:
         if folder := checkpoint.find(out):
             state = checkpoint.load(folder, config, self.model, self.vocab_size, self.optimizer)
             self.step, self.samples = state["step"], state["samples"]
+            if self.main and state["data"] != tokens.digest:
+                print(f"interlace: the text is not the one that {out} was trained on so far; going on with the new text at sample "
+                      f"{self.samples}", file=sys.stderr, flush=True)
+        self.digest = tokens.digest
         if self.step > config.trainer.max_steps:
             raise UserError(f"trainer.max_steps must be at least the {self.step} steps that {out} has been trained for, "
                             f"got {config.trainer.max_steps}; raise it, or use another --out")
@@ -73,7 +78,8 @@ class Run:
         c, log, progress = self.config, None, None
         if self.main:
             (self.out / "config.yaml").write_text(to_yaml(c))
-            log, progress = MetricsLog(self.out, step=self.step), Progress(self.out, self.step, c.trainer.max_steps)
+            log, progress = MetricsLog(self.out, step=self.step), Progress(self.out, self.step, c.trainer.max_steps,
+                                                                           every=c.trainer.log_every_n_steps)
         self.model.train()
         tokens = c.model.global_batch_size * c.model.seq_length
         try:
@@ -116,7 +122,7 @@ class Run:
     def save(self) -> None:
         try:
             checkpoint.save(self.out, self.config, self.model, self.optimizer, self.mesh.tp, step=self.step, samples=self.samples,
-                            vocab_size=self.vocab_size, extra={"tokenizer": self.config.data.tokenizer})
+                            vocab_size=self.vocab_size, extra={"tokenizer": self.config.data.tokenizer, "data": self.digest})
         except OSError as e:
             raise RunError(f"step {self.step}: the checkpoint could not be written to {self.out}: {e.strerror or e}; earlier "
                            "checkpoints are untouched. Free space, then run the same command again") from e

@@ -6,6 +6,7 @@
     gather_from           all-gather dim 0           reduce-scatter      (into a sequence-parallel region's consumer)
     reduce_scatter_to     reduce-scatter dim 0       all-gather
     scatter_to            this rank's rows           all-gather
+    stack_from            all-gather to [t, ...]     this rank's part    (for a consumer that is the same on every rank)
 
 None of them reduces into a tensor it does not own.
 """
@@ -70,6 +71,17 @@ class _ScatterTo(torch.autograd.Function):
         return all_gather(dy, ctx.axis.group), None
 
 
+class _StackFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return all_gather(x.unsqueeze(0), axis.group)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy[ctx.axis.rank], None
+
+
 def _check(op: str, x: Tensor, axis: Axis) -> None:
     if x.shape[0] % axis.size:
         raise ValueError(f"{op}: dim 0 must be divisible by {axis.name}={axis.size}, got {list(x.shape)}; pad it")
@@ -98,3 +110,8 @@ def scatter_to(x: Tensor, axis: Axis) -> Tensor:
     """[S, ...] -> [S/t, ...]. Raises: ValueError when t does not divide S."""
     _check("scatter_to", x, axis)
     return x if axis.size == 1 else _ScatterTo.apply(x, axis)
+
+
+def stack_from(x: Tensor, axis: Axis) -> Tensor:
+    """[...] of every rank -> [t, ...], in rank order. Every rank must compute the same from it."""
+    return x.unsqueeze(0) if axis.size == 1 else _StackFrom.apply(x, axis)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import cross_entropy
-from ..kernels.comm import ag_gemm, all_gather, copy_gemm, gemm_ar, gemm_rs
-from .collectives import reduce_from, reduce_scatter_to
+from ..kernels.comm import ag_gemm, copy_gemm, gemm_ar, gemm_rs
+from .collectives import reduce_from, reduce_scatter_to, stack_from
 from .mesh import Axis
 from .sharding import Piece, init_parameters, padded, replicated, set_pieces, split
 
@@ -151,7 +151,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, tp: Axis, *, n
     V = logits.shape[-1]
     first = tp.rank * V
     valid = max(0, min(V, (num_embeddings if num_embeddings is not None else V * tp.size) - first))
-    gather = None if tp.size == 1 else (lambda stats: all_gather(stats.unsqueeze(0), tp.group))
+    gather = None if tp.size == 1 else (lambda stats: stack_from(stats, tp))
     loss = cross_entropy(logits.reshape(-1, V), targets.reshape(-1), first=first, valid=valid, gather=gather, ignore_index=ignore_index)
     return loss.view(targets.shape)
 
