@@ -1,4 +1,6 @@
 """layer_norm and add_layer_norm, forward + backward, against torch. `python -m interlace.bench.bench_layer_norm`"""
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -37,11 +39,11 @@ def main() -> None:
                 return *outs, *(t.grad for t in leaves)
 
             case, size = {"N": N, "D": D, "dtype": str(dtype)[6:], "pass": "fwd+bwd"}, x.element_size()
-            compare("layer_norm", {"interlace": lambda f=both: f(layer_norm),
-                                   "torch F.layer_norm": lambda f=both: f(torch_norm)},
+            compare("layer_norm", {"interlace": partial(both, layer_norm),
+                                   "torch F.layer_norm": partial(both, torch_norm)},
                     truth=both(layer_norm_ref, cast=torch.float64), case=case, nbytes=5 * N * D * size)
-            compare("add_layer_norm", {"interlace": lambda f=add_both: f(add_layer_norm),
-                                       "torch": lambda f=add_both: f(torch_add)},
+            compare("add_layer_norm", {"interlace": partial(add_both, add_layer_norm),
+                                       "torch": partial(add_both, torch_add)},
                     truth=add_both(torch_add, cast=torch.float64), case=case, nbytes=8 * N * D * size)
 
 

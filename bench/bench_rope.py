@@ -1,4 +1,6 @@
 """rope on a slice of a fused qkv buffer, forward + backward, against torch. `python -m interlace.bench.bench_rope`"""
+from functools import partial
+
 import torch
 
 from ..kernels import rope, rope_tables
@@ -34,8 +36,8 @@ def main() -> None:
 
             half, full = tables(torch.float32, False), tables(dtype, True)   # torch's in x.dtype, as models cast them
             exact = tables(torch.float64, True)
-            compare("rope", {"interlace": lambda f=both, t=half: f(rope, t),
-                             "torch rotate_half": lambda f=both, t=full: f(torch_rope, t)},
+            compare("rope", {"interlace": partial(both, rope, half),
+                             "torch rotate_half": partial(both, torch_rope, full)},
                     truth=both(torch_rope, exact, cast=torch.float64), nbytes=4 * dy.numel() * dy.element_size(),
                     case={"S": S, "B": B, "H": H, "Dh": Dh, "dtype": str(dtype)[6:], "pass": "fwd+bwd"})
 

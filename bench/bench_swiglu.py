@@ -1,4 +1,6 @@
 """swiglu, forward + backward, against silu(gate) * up in torch. `python -m interlace.bench.bench_swiglu`"""
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -25,8 +27,8 @@ def main() -> None:
                 y.backward(dy.to(cast))
                 return y, leaf.grad
 
-            compare("swiglu", {"interlace": lambda f=both: f(swiglu),
-                               "torch silu(gate) * up": lambda f=both: f(torch_swiglu)},
+            compare("swiglu", {"interlace": partial(both, swiglu),
+                               "torch silu(gate) * up": partial(both, torch_swiglu)},
                     truth=both(swiglu_ref, cast=torch.float64), nbytes=8 * N * width * x.element_size(),
                     case={"N": N, "F": width, "dtype": str(dtype)[6:], "pass": "fwd+bwd"})
 

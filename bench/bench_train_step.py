@@ -61,7 +61,7 @@ def theirs(world: int, sp: bool) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         loss = sum(step(model, ids, labels, 1 / n) for ids, labels in batches) / n
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in s]) for s in sets]
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in s if p.grad is not None]) for s in sets]
         norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
         for s in sets:
             torch.nn.utils.clip_grads_with_norm_(s, OPTIM.clip_grad, norm)
@@ -78,7 +78,8 @@ def truth() -> Tensor:
 
 
 def bench(rank: int, world: int, rounds: int) -> None:
-    case = {"layers": 4, "hidden": 256, "seq": 256, "vocab": VOCAB, "micro_batch": 4, "micro_batches": 4, "dtype": "float32", "world": world}
+    case = {"layers": 4, "hidden": 256, "seq": 256, "vocab": VOCAB, "micro_batch": 4, "micro_batches": 4, "dtype": "float32",
+            "world": world}
     group = dist.group.WORLD if world > 1 else None
     true = truth()
     tokens = MODEL.global_batch_size * MODEL.seq_length

@@ -32,7 +32,7 @@ except ImportError:                                                   # no wheel
         def jit(self, fn):
             return fn
 
-    triton = tl = _Absent()  # type: ignore[assignment]
+    triton = tl = _Absent()
 
 __all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "fused", "tl", "triton", "tune_malloc"]
 

@@ -98,8 +98,8 @@ def save(out: Path, config: Config, model: nn.Module, optimizer: Optimizer, tp: 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            for name, tensors in files.items():
-                save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary / name)
+            for name, whole in files.items():
+                save_file({n: t.cpu().contiguous() for n, t in whole.items()}, temporary / name)
                 _sync(temporary / name)
             state = {"step": step, "samples": samples, "precision": config.trainer.precision, "seed": config.trainer.seed,
                      "model": model_words(config, vocab_size), "sha256": {n: _sha256(temporary / n) for n in files}, **(extra or {})}

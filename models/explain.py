@@ -94,7 +94,8 @@ def memory(config: Config, layout: Layout, vocab_size: int) -> dict[str, float]:
     n, wide = parameters(m, vocab_size, layout.tp), max(4, item)
     unit = m.make_vocab_size_divisible_by * layout.tp
     logits = m.seq_length * m.micro_batch_size * (-(-vocab_size // unit) * m.make_vocab_size_divisible_by)
-    return {"weights": n * item, "gradients": n * (wide if wide == item else wide + item), "optimizer": n * (2 * wide + (4 if item == 2 else 0)),
+    return {"weights": n * item, "gradients": n * (wide if wide == item else wide + item),
+            "optimizer": n * (2 * wide + (4 if item == 2 else 0)),
             "activations": activations(m, layout, item), "logits and their gradient": 2.0 * logits * item}
 
 

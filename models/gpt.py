@@ -179,7 +179,7 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor, first_sample: int = 0) -> Tensor:
         """ids [B, S] -> the normalised output of the last layer, [S/t, B, D]"""
         cfg, S = self.cfg, ids.shape[1]
-        if S > cfg.seq_length and self.position_embeddings is not None:
+        if cfg.seq_length < S and self.position_embeddings is not None:
             raise ValueError(f"GPT: at most {cfg.seq_length} positions were learned, got a sequence of {S}; shorten it")
         h = self.embed_tokens(ids.t())                                # [S/t, B, D]
         if self.position_embeddings is not None:

@@ -31,8 +31,9 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, cfg: OptimConfig, tp: Axis):
         self.model, self.cfg, self.tp = model, cfg, tp
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.masters = {p: p.detach().float() if p.dtype in (torch.bfloat16, torch.float16) else p for p in self.params}
+        self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        narrow = (torch.bfloat16, torch.float16)
+        self.masters: dict[Tensor, Tensor] = {p: p.detach().float() if p.dtype in narrow else p for p in self.params}
         for p, master in self.masters.items():
             if master is not p:
                 p.register_post_accumulate_grad_hook(self._to_main_grad)
@@ -44,7 +45,8 @@ class Optimizer:
     def _to_main_grad(self, p: Tensor) -> None:
         """A bf16 sum over micro-batches would lose their low bits: add in fp32, drop the bf16 gradient."""
         master = self.masters[p]
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)  # type: ignore[union-attr]
+        assert p.grad is not None
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
         p.grad = None
 
     def grad_of(self, p: Tensor) -> Tensor | None:

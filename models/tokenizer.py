@@ -13,10 +13,12 @@ END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence�
 
 
 class Tokenizer(Protocol):
-    vocab_size: int                                                   # largest token + 1
-    eod: int | None                                                   # stands after each document; None: nothing does
-    identity: str                                                     # equal for tokenizers that give equal tokens
-
+    @property
+    def vocab_size(self) -> int: ...                                  # largest token + 1
+    @property
+    def eod(self) -> int | None: ...                                  # stands after each document; None: nothing does
+    @property
+    def identity(self) -> str: ...                                    # equal for tokenizers that give equal tokens
     def encode(self, text: str) -> list[int]: ...
     def decode(self, tokens: Sequence[int]) -> str: ...
 

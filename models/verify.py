@@ -130,5 +130,5 @@ def report(found: list[Finding], bad: list[Finding], layout: Layout, steps: int,
         print(f"    {what:<16}{worst.name + f'  (of {count})':<52}{worst.error:10.1e}", file=file)
     for f in sorted(bad, key=lambda f: -f.error)[:20]:
         print(f"    OFF {f.what} {f.name}: error {f.error:.1e} {suspect(f, layout.tp)}", file=file)
-    print(f"verify: {'FAILED, ' + str(len(bad)) + f' of {len(found)} over {TOLERANCE}' if bad else f'equal, {len(found)} quantities within {TOLERANCE}'}",
-          file=file, flush=True)
+    verdict = f"FAILED, {len(bad)} of {len(found)} quantities over" if bad else f"equal, {len(found)} quantities within"
+    print(f"verify: {verdict} {TOLERANCE}", file=file, flush=True)

@@ -19,7 +19,7 @@ from ..kernels import cross_entropy
 from ..kernels.comm import ag_gemm, copy_gemm, gemm_ar, gemm_rs
 from .collectives import reduce_from, reduce_scatter_to, stack_from
 from .mesh import Axis
-from .sharding import Piece, init_parameters, padded, replicated, set_pieces, split
+from .sharding import Piece, init_parameters, padded, pieces_of, replicated, set_pieces, split
 
 
 class ColumnParallelLinear(nn.Module):
@@ -123,7 +123,7 @@ class ParallelHead(nn.Module):
         self.weight = embedding.weight
         if not tied:
             self.weight = nn.Parameter(torch.zeros_like(embedding.weight))
-            set_pieces(self.weight, *embedding.weight.pieces, std=init_std)
+            set_pieces(self.weight, *pieces_of(embedding.weight), std=init_std)
             init_parameters(self, seed=0)
 
     def forward(self, x: Tensor) -> Tensor:

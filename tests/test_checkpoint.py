@@ -5,6 +5,10 @@ import shutil
 
 import pytest
 import torch
+from ranks import run
+from safetensors.torch import load_file
+from test_equal import config, mesh_of
+
 from interlace.models import checkpoint
 from interlace.models.gpt import GPT
 from interlace.models.optimizer import Optimizer
@@ -13,9 +17,6 @@ from interlace.models.verify import RandomTokens
 from interlace.parallel.errors import UserError
 from interlace.parallel.mesh import Mesh
 from interlace.parallel.sharding import named_pieces
-from ranks import run
-from safetensors.torch import load_file
-from test_equal import config, mesh_of
 
 GQA = {"num_query_groups": 2, "add_bias_linear": True, "vocab_size": 41, "normalization": "layernorm"}
 
@@ -27,7 +28,8 @@ def build(cfg, mesh, seed=1):
 
 def steps(cfg, model, opt, first, last):
     data = RandomTokens(cfg.model.vocab_size, cfg.model.seq_length, 9)
-    return [(forward_backward(model, data, s * cfg.model.global_batch_size, cfg.model).item(), opt.step(0.01))[0] for s in range(first, last)]
+    size = cfg.model.global_batch_size
+    return [(forward_backward(model, data, s * size, cfg.model).item(), opt.step(0.01))[0] for s in range(first, last)]
 
 
 def _save(rank, world, out, sp):
@@ -109,7 +111,7 @@ def test_other_model_is_refused_word_by_word(saved):
 def test_other_precision_is_refused(saved):
     out, cfg, model, opt = saved
     other = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, precision="bf16"))
-    with pytest.raises(UserError, match="trained in fp32, got trainer.precision=bf16"):
+    with pytest.raises(UserError, match=r"trained in fp32, got trainer\.precision=bf16"):
         checkpoint.load(checkpoint.find(out), other, model, 41, opt)
 
 

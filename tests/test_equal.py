@@ -3,14 +3,15 @@ import os
 import subprocess
 import sys
 
-import interlace.kernels.comm.heap as heap_module
 import pytest
 import torch
+from ranks import run
+
+import interlace.kernels.comm.heap as heap_module
 from interlace.models.config import Config, ModelConfig, OptimConfig, SchedConfig
 from interlace.models.verify import TOLERANCE, compare
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Mesh
-from ranks import run
 
 BASE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64, "seq_length": 8, "micro_batch_size": 2,
         "global_batch_size": 4, "make_vocab_size_divisible_by": 8, "vocab_size": 45}

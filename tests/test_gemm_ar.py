@@ -3,8 +3,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from budget import DTYPES
-from interlace.kernels.comm import all_reduce, copy_gemm, gemm_ar, gemm_ar_ref, heap_of
 from ranks import run
+
+from interlace.kernels.comm import all_reduce, copy_gemm, gemm_ar, gemm_ar_ref, heap_of
 
 SHAPES = [(5, 3, 7), (64, 96, 40), (2, 1, 1), (0, 4, 6), (700, 33, 900)]   # M, K per rank, N; the last is over a heap slot
 

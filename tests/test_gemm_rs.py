@@ -3,8 +3,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from budget import DTYPES
-from interlace.kernels.comm import ag_gemm, all_gather, gemm_rs, reduce_scatter
 from ranks import run
+
+from interlace.kernels.comm import ag_gemm, all_gather, gemm_rs, reduce_scatter
 
 SHAPES = [(6, 2, 3, 7), (12, 1, 96, 40), (0, 3, 4, 6), (600, 2, 33, 450)]  # S, B, K, N; the last product is over a heap slot
 

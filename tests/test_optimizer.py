@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+
 from interlace.models.config import OptimConfig, SchedConfig
 from interlace.models.optimizer import Optimizer, learning_rate
 from interlace.parallel.mesh import Axis

@@ -3,8 +3,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from budget import DTYPES
-from interlace.kernels.comm import rs_residual_norm, rs_residual_norm_ref
 from ranks import run
+
+from interlace.kernels.comm import rs_residual_norm, rs_residual_norm_ref
 
 
 def _grads(fn, partial, residual, weight, bias, dh, dy, group):

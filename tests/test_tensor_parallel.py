@@ -2,6 +2,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run
+
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Axis, Mesh
 from interlace.parallel.sharding import init_parameters, named_pieces, reduce_partial_grads
@@ -12,7 +14,6 @@ from interlace.parallel.tensor_parallel import (
     VocabParallelEmbedding,
     vocab_parallel_cross_entropy,
 )
-from ranks import run
 
 S, B, D, F_, V = 12, 2, 8, 24, 22
 _axes = {}

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from ranks import run
+
 from interlace.models.config import load_config
 from interlace.models.generate import generate, sample
 from interlace.models.train import Run, train
 from interlace.parallel.errors import RunError, UserError
-from ranks import run
 
 TINY = ["model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=4", "model.seq_length=32", "model.micro_batch_size=2",
         "model.global_batch_size=4", "optim.sched.warmup_steps=2", "optim.lr=0.01", "trainer.save_every_n_steps=3"]
@@ -56,7 +57,8 @@ def test_layouts_give_one_curve(tmp_path, text):
 
 @pytest.mark.parametrize("tp, precision", [(1, "fp32"), (2, "fp32"), (2, "bf16")])
 def test_resume_is_exact(tmp_path, text, tp, precision):
-    common = [*TINY, *text, f"tp={tp}", "sp=true", f"trainer.precision={precision}", "optim.sched.decay_steps=8", "model.hidden_dropout=0.1"]
+    common = [*TINY, *text, f"tp={tp}", "sp=true", f"trainer.precision={precision}", "optim.sched.decay_steps=8",
+              "model.hidden_dropout=0.1"]
     run(tp, _train, [*common, "trainer.max_steps=8"], tmp_path / "whole")
     run(tp, _train, [*common, "trainer.max_steps=5"], tmp_path / "two")
     with (tmp_path / "two" / "metrics.jsonl").open("a") as f:         # a step that was logged and never saved

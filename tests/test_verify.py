@@ -2,11 +2,12 @@
 import io
 
 import pytest
+from ranks import run
+from test_equal import config, mesh_of
+
 from interlace.models.gpt import GPT
 from interlace.models.verify import TOLERANCE, compare, report, suspect
 from interlace.parallel.collectives import reduce_from
-from ranks import run
-from test_equal import config, mesh_of
 
 
 def _no_norm_reduction(model):
