@@ -7,7 +7,7 @@
 namespace interlace {
 inline double exp_(double x) { return std::exp(x); }
 
-// exp(x) = 2^n * exp(r), |r| <= ln(2) / 2: at most 1 ulp off over all floats, subnormal results included; a NaN stays one.
+// exp(x) = 2^n * exp(r), |r| <= ln(2) / 2: at most 1 ulp off, subnormal results included; a NaN stays one.
 inline float exp_(float x) {
   const float magic = 12582912.0f;       // 1.5 * 2^23: adding it leaves round(x) in the low bits
   x = x > 89.0f ? 89.0f : x;             // exp(89) is inf already, exp(-104) zero: n stays within [-150, 128]
