@@ -4,7 +4,7 @@
 namespace interlace {
 namespace {
 
-// x may be strided in S, B and H (a slice of a fused qkv buffer), never in Dh. inverse: by minus the angle (the backward).
+// x may be strided in S, B and H (a slice of a fused qkv buffer), never in Dh. inverse: by minus the angle (backward).
 Tensor rope(Tensor x, Tensor cos, Tensor sin, bool inverse) {
   const int64_t S = x.size(0), B = x.size(1), H = x.size(2), Dh = x.size(3), d = Dh / 2;
   const int64_t xs = x.stride(0), xb = x.stride(1), xh = x.stride(2);
