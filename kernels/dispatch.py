@@ -34,7 +34,7 @@ except ImportError:                                                   # no wheel
 
     triton = tl = _Absent()
 
-__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "fused", "tl", "triton", "tune_malloc"]
+__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "tl", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -86,6 +86,29 @@ def define(schema: str, launch: Callable, fake: Callable) -> None:
     if INTERPRET:
         LIB.impl(name, launch, "CPU")
     torch.library.register_fake(f"interlace::{name}", fake, lib=LIB)
+
+
+def differentiable(name: str, setup: Callable, backward: Callable, keep: int = 1) -> Callable:
+    """Give op `interlace::<name>` its gradient; returns the callable that public functions use.
+
+    setup(ctx, inputs, output) and backward(ctx, *grads) are those of `torch.library.register_autograd`, which serves tracing.
+    Eager calls go through an autograd.Function over the same two: 36 us less a step than register_autograd's wrapper.
+    keep: the outputs a caller sees; the rest are statistics saved for the backward, whose gradients never come.
+    """
+    torch.library.register_autograd(f"interlace::{name}", backward, setup_context=setup, lib=LIB)
+    op = getattr(torch.ops.interlace, name).default
+    cut = lambda out: out if isinstance(out, Tensor) else out[0] if keep == 1 else out[:keep]  # noqa: E731
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):  # type: ignore[override]
+            with torch._C._AutoDispatchBelowAutograd():
+                out = op(*inputs)
+            setup(ctx, inputs, out)
+            return cut(out)
+
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
+    return lambda *inputs: cut(op(*inputs)) if torch.compiler.is_compiling() else Eager.apply(*inputs)
 
 
 def fused(*tensors: Tensor) -> bool:

@@ -13,7 +13,7 @@ Numerics  x * (1 / (1 - p)) in fp32, one rounding. A dropped inf or NaN is 0.  P
 import torch
 from torch import Tensor
 
-from .dispatch import define, fused, tl, triton
+from .dispatch import define, differentiable, fused, tl, triton
 
 _GOLDEN, _M1, _M2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MAX_DIMS = 4
@@ -117,7 +117,7 @@ def _backward(ctx, dy):
     return torch.ops.interlace.dropout(dy.contiguous(), *ctx.args), None, None, None, None, None
 
 
-torch.library.register_autograd("interlace::dropout", _backward, setup_context=_setup)
+_dropout = differentiable("dropout", _setup, _backward)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 
@@ -170,4 +170,4 @@ def dropout(x: Tensor, p: float, seed: int, *, base: int = 0, strides: tuple[int
         return x
     if not fused(x):
         return dropout_ref(x, p, seed, base=base, strides=strides)
-    return torch.ops.interlace.dropout(x.contiguous(), _start(seed, base), _threshold(p), 1 / (1 - p), sizes, steps)
+    return _dropout(x.contiguous(), _start(seed, base), _threshold(p), 1 / (1 - p), sizes, steps)

@@ -13,7 +13,7 @@ Numerics  mean first, then the centred squares (no cancellation), in fp32; dw an
 import torch
 from torch import Tensor
 
-from .dispatch import define, fused, tl, triton
+from .dispatch import define, differentiable, fused, tl, triton
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -127,8 +127,7 @@ define("layer_norm_bwd(Tensor dy, Tensor h, Tensor w, Tensor mean, Tensor rstd, 
        "-> (Tensor, Tensor, Tensor)",
        _launch_bwd,
        lambda dy, h, w, mean, rstd, dh, bias: (torch.empty_like(h), torch.empty_like(w), w.new_empty(len(w) * bias)))
-_FWD, _ADD_FWD, _BWD = (getattr(torch.ops.interlace, name).default
-                        for name in ("layer_norm_fwd", "add_layer_norm_fwd", "layer_norm_bwd"))
+_BWD = torch.ops.interlace.layer_norm_bwd.default
 
 # ---- autograd -------------------------------------------------------------------------------------------------
 
@@ -157,33 +156,8 @@ def _add_backward(ctx, dh, dy, *_):
     return dx, dx, dw, db if ctx.bias else None, None
 
 
-torch.library.register_autograd("interlace::layer_norm_fwd", _backward, setup_context=_setup)
-torch.library.register_autograd("interlace::add_layer_norm_fwd", _add_backward, setup_context=_add_setup)
-
-
-class _LayerNorm(torch.autograd.Function):
-    """The same for eager calls: 36 us less a step than register_autograd's wrapper, which is left to tracing."""
-
-    @staticmethod
-    def forward(ctx, x, w, b, eps):
-        with torch._C._AutoDispatchBelowAutograd():
-            out = _FWD(x, w, b, eps)
-        _setup(ctx, (x, w, b, eps), out)
-        return out[0]
-
-    backward = staticmethod(_backward)
-
-
-class _AddLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, w, b, eps):
-        with torch._C._AutoDispatchBelowAutograd():
-            out = _ADD_FWD(x, residual, w, b, eps)
-        _add_setup(ctx, (x, residual, w, b, eps), out)
-        return out[:2]
-
-    backward = staticmethod(_add_backward)
-
+_layer_norm = differentiable("layer_norm_fwd", _setup, _backward)
+_add_layer_norm = differentiable("add_layer_norm_fwd", _add_setup, _add_backward, keep=2)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 
@@ -211,7 +185,7 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor | None, eps: float = 1e-5) -> Ten
     if not fused(x, w):
         return layer_norm_ref(x, w, b, eps)
     x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
-    return _FWD(x, w, b, eps)[0] if torch.compiler.is_compiling() else _LayerNorm.apply(x, w, b, eps)
+    return _layer_norm(x, w, b, eps)
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None,
@@ -228,6 +202,4 @@ def add_layer_norm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None,
     if not fused(x, residual, w):
         return add_layer_norm_ref(x, residual, w, b, eps)
     x, residual, w, b = x.contiguous(), residual.contiguous(), w.contiguous(), None if b is None else b.contiguous()
-    if torch.compiler.is_compiling():
-        return _ADD_FWD(x, residual, w, b, eps)[:2]
-    return _AddLayerNorm.apply(x, residual, w, b, eps)
+    return _add_layer_norm(x, residual, w, b, eps)

@@ -12,7 +12,7 @@ Numerics  fp32 (fp64 for fp64), one rounding per output. The tables' angles are 
 import torch
 from torch import Tensor
 
-from .dispatch import define, fused, tl, triton
+from .dispatch import define, differentiable, fused, tl, triton
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -80,20 +80,7 @@ def _backward(ctx, dy):
     return _FWD(_rows(dy), *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
-torch.library.register_autograd("interlace::rope_fwd", _backward, setup_context=_setup)
-
-
-class _Rope(torch.autograd.Function):
-    """The same for eager calls: 36 us less a step than register_autograd's wrapper, which is left to tracing."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin, inverse):
-        _setup(ctx, (x, cos, sin, inverse), None)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _FWD(x, cos, sin, inverse)
-
-    backward = staticmethod(_backward)
-
+_rope = differentiable("rope_fwd", _setup, _backward)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 
@@ -136,4 +123,4 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if not fused(x, cos, sin):
         return rope_ref(x, cos.detach(), sin.detach())
     x, cos, sin = _rows(x), cos.contiguous(), sin.contiguous()
-    return _FWD(x, cos, sin, False) if torch.compiler.is_compiling() else _Rope.apply(x, cos, sin, False)
+    return _rope(x, cos, sin, False)

@@ -9,7 +9,7 @@ Numerics  fp32 (fp64 for fp64) throughout, one rounding per output: silu(gate) i
 import torch
 from torch import Tensor
 
-from .dispatch import define, fused, tl, triton
+from .dispatch import define, differentiable, fused, tl, triton
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -77,7 +77,7 @@ def _half(gate_up: Tensor) -> Tensor:
 
 define("swiglu_fwd(Tensor gate_up) -> Tensor", _launch_fwd, _half)
 define("swiglu_bwd(Tensor dy, Tensor gate_up) -> Tensor", _launch_bwd, lambda dy, gate_up: torch.empty_like(gate_up))
-_FWD, _BWD = torch.ops.interlace.swiglu_fwd.default, torch.ops.interlace.swiglu_bwd.default
+_BWD = torch.ops.interlace.swiglu_bwd.default
 
 # ---- autograd -------------------------------------------------------------------------------------------------
 
@@ -90,20 +90,7 @@ def _backward(ctx, dy):
     return _BWD(dy.contiguous(), ctx.saved_tensors[0])
 
 
-torch.library.register_autograd("interlace::swiglu_fwd", _backward, setup_context=_setup)
-
-
-class _Swiglu(torch.autograd.Function):
-    """The same for eager calls: 36 us less a step than register_autograd's wrapper, which is left to tracing."""
-
-    @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _FWD(gate_up)
-
-    backward = staticmethod(_backward)
-
+_swiglu = differentiable("swiglu_fwd", _setup, _backward)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 
@@ -119,5 +106,4 @@ def swiglu(gate_up: Tensor) -> Tensor:
                          "concatenate gate and up along it")
     if not fused(gate_up):
         return swiglu_ref(gate_up)
-    gate_up = gate_up.contiguous()
-    return _FWD(gate_up) if torch.compiler.is_compiling() else _Swiglu.apply(gate_up)
+    return _swiglu(gate_up.contiguous())
