@@ -13,17 +13,17 @@ struct Call {
   Heap& h;
   int rc = OK;
   bool staged = false;  // src is my buffer of the coming tick
-  Call(Heap* heap, uint32_t op, const void* src) : h(*heap) {
+  Call(Heap* heap, uint32_t op, const void* src, int64_t bytes) : h(*heap) {
     if (h.busy.test_and_set(std::memory_order_acquire)) {
       rc = BUSY;
       return;
     }
-    staged = src == h.buffer(h.rank, h.epoch() + 1);
+    staged = bytes <= h.slot && src == h.place(h.rank, h.epoch() + 1, bytes);
     if (h.broken)
       rc = h.fail(UNUSABLE, "%s: the heap of group '%s' is out of use after %s; make a new one", op_name(op), h.name.c_str(),
                   h.broken);
     else if (!staged && h.owns(src))
-      rc = h.fail(UNUSABLE, "%s: x is a view of the heap from before the last collective; call stage() again", op_name(op));
+      rc = h.fail(UNUSABLE, "%s: x lies in the heap but is not all of what stage() last returned; stage it again", op_name(op));
   }
   ~Call() {
     if (rc != BUSY) h.busy.clear(std::memory_order_release);
@@ -34,6 +34,9 @@ struct Call {
 int64_t chunks(int64_t n, int64_t c) { return std::max<int64_t>(1, (n + c - 1) / c); }
 int64_t length(int64_t n, int64_t c, int64_t k) { return std::max<int64_t>(0, std::min(c, n - k * c)); }
 
+// How a result of `bytes` is written.
+auto copier(const Heap& h, int64_t bytes) { return bytes >= h.stream ? kernels().stream : kernels().copy; }
+
 int tick(Heap& h, uint32_t t, int64_t k, const Desc& d) {
   if (k == 0) return first_tick(h, t, d);
   signal(h, t);
@@ -43,13 +46,14 @@ int tick(Heap& h, uint32_t t, int64_t k, const Desc& d) {
 // Every rank reads all of every buffer and sums it all: one tick a chunk.
 int one_shot(Heap& h, const char* src, char* dst, int64_t n, int64_t c, int64_t size, Reduce reduce, const Desc& d) {
   std::vector<const void*> from(h.world);
+  const int64_t span = std::min(n, c) * size;
   for (int64_t k = 0; k < chunks(n, c); k++) {
     const uint32_t t = h.epoch() + 1;
     const int64_t at = k * c * size, m = length(n, c, k);
-    if (!d.staged) memcpy(begin(h, t), src + at, size_t(m * size));
+    if (!d.staged) kernels().copy(begin(h, t, span), src + at, m * size);
     if (const int rc = tick(h, t, k, d)) return rc;
-    for (int r = 0; r < h.world; r++) from[r] = r == h.rank ? src + at : h.buffer(r, t);
-    reduce(dst + at, from.data(), h.world, m);
+    for (int r = 0; r < h.world; r++) from[r] = r == h.rank ? src + at : h.place(r, t, span);
+    reduce(dst + at, nullptr, from.data(), h.world, m);
   }
   return OK;
 }
@@ -59,9 +63,10 @@ int one_shot(Heap& h, const char* src, char* dst, int64_t n, int64_t c, int64_t 
 // which nobody needs as an input.
 int two_shot(Heap& h, const char* src, char* dst, int64_t n, int64_t c, int64_t size, Reduce reduce, const Desc& d) {
   std::vector<const void*> from(h.world);
-  const int64_t K = chunks(n, c), line = 64 / size;
+  const int64_t K = chunks(n, c), line = 64 / size, span = std::min(n, c) * size;
   // On cache lines, and the same in the shorter last chunk: its inputs must not fall on the sums of the one before.
   const int64_t p = ((std::min(n, c) + h.world - 1) / h.world + line - 1) / line * line;
+  const auto put = copier(h, n * size);
   auto part = [&](int64_t k, int r, int64_t& begin) {  // elements of part r of chunk k
     const int64_t m = length(n, c, k);
     begin = std::min(m, r * p);
@@ -70,21 +75,25 @@ int two_shot(Heap& h, const char* src, char* dst, int64_t n, int64_t c, int64_t 
   for (int64_t k = 0; k <= K + 1; k++) {
     const uint32_t t = h.epoch() + 1;
     int64_t at = 0;
-    char* mine = k <= K ? (d.staged && k == 0) ? h.buffer(h.rank, t) : begin(h, t) : nullptr;
+    char* mine = k <= K ? (d.staged && k == 0) ? h.place(h.rank, t, span) : begin(h, t, span) : nullptr;
     if (k < K && !d.staged)
       for (int r = 0; r < h.world; r++)
-        if (const int64_t m = part(k, r, at); r != h.rank && m) memcpy(mine + at * size, src + (k * c + at) * size, size_t(m * size));
+        if (const int64_t m = part(k, r, at); r != h.rank && m) kernels().copy(mine + at * size, src + (k * c + at) * size, m * size);
     if (k >= 1 && k <= K) {
       const int64_t m = part(k - 1, h.rank, at), whole = (k - 1) * c + at;
-      for (int r = 0; r < h.world; r++) from[r] = r == h.rank ? src + whole * size : h.buffer(r, t - 1) + at * size;
-      reduce(dst + whole * size, from.data(), h.world, m);
-      memcpy(mine + at * size, dst + whole * size, size_t(m * size));
+      for (int r = 0; r < h.world; r++) from[r] = r == h.rank ? src + whole * size : h.place(r, t - 1, span) + at * size;
+      if (n * size < h.stream) {
+        reduce(dst + whole * size, mine + at * size, from.data(), h.world, m);
+      } else {
+        reduce(mine + at * size, nullptr, from.data(), h.world, m);
+        put(dst + whole * size, mine + at * size, m * size);
+      }
     }
     if (k >= 2)
       for (int i = 1; i < h.world; i++) {
         const int r = (h.rank + i) % h.world;
         if (const int64_t m = part(k - 2, r, at))
-          memcpy(dst + ((k - 2) * c + at) * size, h.buffer(r, t - 1) + at * size, size_t(m * size));
+          put(dst + ((k - 2) * c + at) * size, h.place(r, t - 1, span) + at * size, m * size);
       }
     if (k <= K)
       if (const int rc = tick(h, t, k, d)) return rc;
@@ -101,7 +110,7 @@ using namespace interlace;
 
 // dst[i] = sum (or max) over ranks of src[i]. dst may be src. src may be the buffer of interlace_heap_next: no copy in.
 INTERLACE_API int interlace_all_reduce(Heap* heap, const void* src, void* dst, int64_t n, int dtype, int red) {
-  Call call(heap, ALL_REDUCE, src);
+  Call call(heap, ALL_REDUCE, src, n * SIZES[dtype]);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const int64_t size = SIZES[dtype];
@@ -114,22 +123,23 @@ INTERLACE_API int interlace_all_reduce(Heap* heap, const void* src, void* dst, i
 
 // dst[r * n + i] = rank r's src[i]. dtype: a code of the sums, or 6 + bytes of an element.
 INTERLACE_API int interlace_all_gather(Heap* heap, const void* src, void* dst, int64_t n, int64_t size, int dtype) {
-  Call call(heap, ALL_GATHER, src);
+  Call call(heap, ALL_GATHER, src, n * size);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const bool staged = call.staged;
   const Desc d{ALL_GATHER, uint32_t(dtype), 0, staged, n};
-  const int64_t bytes = n * size, c = staged ? std::max<int64_t>(bytes, 1) : h.chunk;
+  const int64_t bytes = n * size, c = staged ? std::max<int64_t>(bytes, 1) : h.chunk, span = std::min(bytes, c);
+  const auto put = copier(h, bytes * h.world);
   auto from = static_cast<const char*>(src);
   auto to = static_cast<char*>(dst);
   for (int64_t k = 0; k < chunks(bytes, c); k++) {
     const uint32_t t = h.epoch() + 1;
     const int64_t at = k * c, m = length(bytes, c, k);
-    if (!staged) memcpy(begin(h, t), from + at, size_t(m));
+    if (!staged) kernels().copy(begin(h, t, span), from + at, m);
     if (const int rc = tick(h, t, k, d)) return rc;
     for (int i = 0; i < h.world; i++) {
       const int r = (h.rank + i) % h.world;
-      memcpy(to + r * bytes + at, r == h.rank ? from + at : h.buffer(r, t), size_t(m));
+      put(to + r * bytes + at, r == h.rank ? from + at : h.place(r, t, span), m);
     }
   }
   return OK;
@@ -139,18 +149,19 @@ namespace {
 // Part r of src goes to rank r; take(at, m, from) gets what the ranks have for me: from[q] = elements at..at+m of q's part me.
 template <class Take> int scatter(Heap& h, const char* src, int64_t n, int64_t size, const Desc& d, Take take) {
   const int64_t c = d.staged ? std::max<int64_t>(n, 1) : whole_lines(h.chunk / size / h.world, size);
+  const int64_t part = std::min(n, c) * size, span = part * h.world;
   std::vector<const void*> from(h.world);
   for (int64_t k = 0; k < chunks(n, c); k++) {
     const uint32_t t = h.epoch() + 1;
     const int64_t at = k * c, m = length(n, c, k);
     if (!d.staged) {
-      char* mine = begin(h, t);
+      char* mine = begin(h, t, span);
       for (int r = 0; r < h.world; r++)
-        if (r != h.rank) memcpy(mine + r * c * size, src + (r * n + at) * size, size_t(m * size));
+        if (r != h.rank) kernels().copy(mine + r * part, src + (r * n + at) * size, m * size);
     }
     if (const int rc = tick(h, t, k, d)) return rc;
     for (int q = 0; q < h.world; q++)
-      from[q] = q == h.rank ? src + (h.rank * n + at) * size : h.buffer(q, t) + h.rank * c * size;
+      from[q] = q == h.rank ? src + (h.rank * n + at) * size : h.place(q, t, span) + h.rank * part;
     take(at, m, from.data());
   }
   return OK;
@@ -159,7 +170,7 @@ template <class Take> int scatter(Heap& h, const char* src, int64_t n, int64_t s
 
 // dst[i] = sum over ranks of src[rank * n + i]; n elements per rank.
 INTERLACE_API int interlace_reduce_scatter(Heap* heap, const void* src, void* dst, int64_t n, int dtype) {
-  Call call(heap, REDUCE_SCATTER, src);
+  Call call(heap, REDUCE_SCATTER, src, n * SIZES[dtype] * heap->world);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const int64_t size = SIZES[dtype];
@@ -167,25 +178,26 @@ INTERLACE_API int interlace_reduce_scatter(Heap* heap, const void* src, void* ds
   const Desc d{REDUCE_SCATTER, uint32_t(dtype), 0, staged, n};
   auto to = static_cast<char*>(dst);
   return scatter(h, static_cast<const char*>(src), n, size, d, [&](int64_t at, int64_t m, const void* const* from) {
-    kernels().reduce[0][dtype](to + at * size, from, h.world, m);
+    kernels().reduce[0][dtype](to + at * size, nullptr, from, h.world, m);
   });
 }
 
 // dst[q * n + i] = rank q's src[rank * n + i]; n elements per pair of ranks.
 INTERLACE_API int interlace_all_to_all(Heap* heap, const void* src, void* dst, int64_t n, int64_t size, int dtype) {
-  Call call(heap, ALL_TO_ALL, src);
+  Call call(heap, ALL_TO_ALL, src, n * size * heap->world);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const bool staged = call.staged;
+  const auto put = copier(h, n * size * h.world);
   const Desc d{ALL_TO_ALL, uint32_t(dtype), 0, staged, n};
   auto to = static_cast<char*>(dst);
   return scatter(h, static_cast<const char*>(src), n, size, d, [&](int64_t at, int64_t m, const void* const* from) {
-    for (int q = 0; q < h.world; q++) memcpy(to + (q * n + at) * size, from[q], size_t(m * size));
+    for (int q = 0; q < h.world; q++) put(to + (q * n + at) * size, from[q], m * size);
   });
 }
 
 INTERLACE_API int interlace_barrier(Heap* heap) {
-  Call call(heap, BARRIER, nullptr);
+  Call call(heap, BARRIER, nullptr, 0);
   if (call.rc) return call.rc;
   return first_tick(*heap, heap->epoch() + 1, Desc{BARRIER, 1, 0, 0, 0});
 }

@@ -125,10 +125,10 @@ std::string describe(const Desc& d) {
   return s + (d.staged ? ", staged)" : ")");
 }
 
-char* begin(Heap& h, uint32_t t) {
-  char* b = h.buffer(h.rank, t);
-  if (h.poison) memset(b, 0xff, size_t(h.slot));  // NaN in every float type: an early or a late reader sees it
-  return b;
+char* begin(Heap& h, uint32_t t, int64_t span) {
+  if (h.poison)  // NaN in every float type: an early or a late reader sees it
+    memset(h.data + (h.rank * 2 + (t & uint32_t(h.buffers - 1))) * h.slot, 0xff, size_t(h.slot));
+  return h.place(h.rank, t, span);
 }
 
 void signal(Heap& h, uint32_t t) {
@@ -224,8 +224,15 @@ INTERLACE_API int interlace_heap_map(const char* path, int rank, int world, int6
   const bool roomy = !sched_getaffinity(0, sizeof cores, &cores) && CPU_COUNT(&cores) >= local_ranks;
   h->spin = roomy ? 2000 : 0;
   h->yields = 100;
-  h->chunk = std::min<int64_t>(256 << 10, slot);
-  h->two_shot = world > 2 ? 256 << 10 : INT64_MAX;
+  // Measured on 2 Zen 4 cores (1 MB of L2 each, fp32 all-reduce of 64 KB / 1 MB / 4 MB, in us). spread 0: 9.6 / 55 / 305,
+  // 0.5 MB: 5.6 / 48 / 237, 1 MB: 3.9 / 47 / 247, 2 MB: 3.8 / 46 / 322. chunk 128 KB: 59 / 288 (1 MB / 4 MB), 256: 52 / 276,
+  // 512: 48 / 247, 1024: 53 / 290. two-shot and one-shot: 0.5 and 0.3 at 4 KB, 12.5 and 15 at 256 KB, 48 and 58 at 1 MB.
+  // Streaming stores: all_gather of 1 MB 79 for 76, of 4 MB 375 for 714, of 16 MB 3600 for 8200.
+  const long l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  h->spread = std::min<int64_t>(l2 > 0 ? l2 : 1 << 20, slot);
+  h->chunk = std::min<int64_t>(512 << 10, slot);
+  h->two_shot = 256 << 10;
+  h->stream = 4 << 20;
   *out = h;
   return OK;
 }
@@ -246,7 +253,7 @@ INTERLACE_API void interlace_heap_free(Heap* h) {
 
 INTERLACE_API const char* interlace_heap_error(Heap* h) { return h->err; }
 INTERLACE_API void* interlace_heap_data(Heap* h) { return h->data; }
-INTERLACE_API void* interlace_heap_next(Heap* h) { return begin(*h, h->epoch() + 1); }
+INTERLACE_API void* interlace_heap_next(Heap* h, int64_t bytes) { return begin(*h, h->epoch() + 1, bytes); }
 INTERLACE_API void interlace_heap_on_wait(Heap* h, int (*poll)()) { h->poll = poll; }
 INTERLACE_API void interlace_heap_test(Heap* h, int poison, int delay_us) { h->poison = poison, h->delay_us = delay_us; }
 INTERLACE_API void interlace_heap_tune(Heap* h, int spin, int yields, int64_t chunk, int64_t two_shot) {

@@ -86,7 +86,7 @@ def _load() -> tuple[Any, str]:
     for name, result, args in (
         ("heap_create", i, (s, s, n, ints, s, i)), ("heap_bytes", n, (i, n)), ("heap_close", None, (p,)),
         ("heap_map", i, (s, i, i, n, s, ints, ints, d, i, i, ctypes.POINTER(p), s, i)), ("heap_free", None, (p,)),
-        ("heap_error", s, (p,)), ("heap_data", p, (p,)), ("heap_next", p, (p,)), ("heap_on_wait", None, (p, _POLL)),
+        ("heap_error", s, (p,)), ("heap_data", p, (p,)), ("heap_next", p, (p, n)), ("heap_on_wait", None, (p, _POLL)),
         ("heap_test", None, (p, i, i)), ("heap_tune", None, (p, i, i, n, n)), ("barrier", i, (p,)),
         ("all_reduce", i, (p, p, p, n, i, i)), ("all_gather", i, (p, p, p, n, n, i)),
         ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, n, n, i)),
@@ -161,9 +161,8 @@ class SymmHeap:
         self._pids, self._global = ((ctypes.c_int * self.size)(*column) for column in itertools.islice(zip(*peers), 3, 5))
         self._join(directory, timeout, _buffers)
         assert self._segment is not None
-        whole = self._segment.view(2 * self.nbytes * self.rank, 2 * self.nbytes)
-        self._base = whole.data_ptr()
-        self._slots: tuple[Tensor, ...] | None = whole[:self.nbytes], whole[self.nbytes:]
+        self._mine: Tensor | None = self._segment.view(2 * self.nbytes * self.rank, 2 * self.nbytes)
+        self._base = self._mine.data_ptr()
 
     def _join(self, directory: str, timeout: float, buffers: int) -> None:
         """Rank 0 creates, all map. A second try with a name, where /proc/<pid>/fd cannot be opened or O_TMPFILE is not known."""
@@ -204,10 +203,10 @@ class SymmHeap:
 
         Hand it to the next collective over this heap, on all ranks: its copy-in is skipped. After that it is not yours."""
         nbytes = prod(shape) * dtype.itemsize
-        if nbytes > self.nbytes or not self._slots:
+        if nbytes > self.nbytes or self._mine is None:
             return None
-        slot = self._slots[LIB.interlace_heap_next(self.handle) != self._base]
-        return slot[:nbytes].view(dtype).view(shape)
+        at = LIB.interlace_heap_next(self.handle, nbytes) - self._base
+        return self._mine[at:at + nbytes].view(dtype).view(shape)
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
@@ -225,9 +224,9 @@ class SymmHeap:
 
     def close(self) -> None:
         """Leave: a rank that waits for this one is told. The memory goes when its last staged tensor does."""
-        if self._slots is not None:
+        if self._mine is not None:
             LIB.interlace_heap_close(self.handle)
-            self._slots = None
+            self._mine = None
 
     def __repr__(self) -> str:
         return f"SymmHeap({self.name!r}, rank {self.rank} of {self.size}, 2 x {self.nbytes} bytes)"
