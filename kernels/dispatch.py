@@ -101,13 +101,13 @@ def differentiable(name: str, setup: Callable, backward: Callable, keep: int = 1
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):  # type: ignore[override]
+        def forward(ctx, *inputs):
             with torch._C._AutoDispatchBelowAutograd():
                 out = op(*inputs)
             setup(ctx, inputs, out)
             return cut(out)
 
-    Eager.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     return lambda *inputs: cut(op(*inputs)) if torch.compiler.is_compiling() else Eager.apply(*inputs)
 
 

@@ -33,7 +33,7 @@ def _heap(x: Tensor, group: Group) -> SymmHeap | None:
     if type(group) is SymmHeap:
         return group
     heap = _heaps.get(id(group), _unset)
-    return heap_of(group) if heap is _unset else heap  # type: ignore[arg-type, return-value]
+    return heap_of(group) if heap is _unset else heap  # type: ignore[return-value]
 
 
 def _torch_group(x: Tensor, group: Group) -> tuple[dist.ProcessGroup | None, int]:
@@ -45,7 +45,7 @@ def _torch_group(x: Tensor, group: Group) -> tuple[dist.ProcessGroup | None, int
 
 def group_size(group: Group) -> int:
     """The number of ranks of `group`: 1 for None."""
-    return group.size if type(group) is SymmHeap else 1 if group is None else dist.get_world_size(group)  # type: ignore[union-attr, arg-type]
+    return group.size if isinstance(group, SymmHeap) else 1 if group is None else dist.get_world_size(group)
 
 
 def _result(op: str, x: Tensor, shape: tuple[int, ...] | torch.Size, out: Tensor | None) -> Tensor:
