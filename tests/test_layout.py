@@ -33,7 +33,7 @@ BAD = [
      f"num_query_groups must be a multiple or a divisor of {TP}",
      "got 6 and 4; use num_query_groups 4 or 8",
      f"{TP} 2 (with --nproc 2)"),
-    ("hidden over heads", 1, {"hidden_size": 65}, "hidden_size must be a multiple of num_attention_heads", "kv_channels",
+    ("hidden over heads", 1, {"hidden_size": 65}, "hidden_size must be a multiple of num_attention_heads",
      "got 65 and 8; use hidden_size 64 or 80"),
     ("hidden over heads", 1, {"hidden_size": 6}, "got 6 and 8; use hidden_size 16, or num_attention_heads 3"),
     ("even head", 1, {"kv_channels": 7}, "even number of channels under rope",
