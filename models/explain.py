@@ -134,7 +134,6 @@ def _attention(m: ModelConfig, layout: Layout, itemsize: int) -> int:
     S, B, heads, kv = m.seq_length, m.micro_batch_size, m.num_attention_heads // layout.tp, kv_heads(m, layout.tp)
     rope = m.position_embedding_type == "rope"
     fused = heads + 2 * kv                                            # q, k, v of the projection: views of one tensor
-    copies = 1 if rope or B == 1 else 2                               # laid out as q is: [S, B, ...], or to be copied to it
     if m.attention_dropout:
         explicit = 2 * B * heads * S * S * itemsize + S * S           # probabilities before and after, the causal mask
         return S * B * 4 * heads * m.head_dim * itemsize + explicit
@@ -142,7 +141,7 @@ def _attention(m: ModelConfig, layout: Layout, itemsize: int) -> int:
         kept = 2 * heads + (heads if rope else fused)
     else:
         kept = fused + (heads + kv if rope else 0)                    # v stays a view, and keeps its whole tensor
-    return S * B * ((kept + copies * heads) * m.head_dim * itemsize + heads * max(4, itemsize))
+    return S * B * ((kept + heads) * m.head_dim * itemsize + heads * max(4, itemsize))
 
 
 def memory(config: Config, layout: Layout, vocab_size: int) -> dict[str, int]:
