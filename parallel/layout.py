@@ -103,7 +103,7 @@ def _fixes(m: ModelConfig, layout: Layout, field: str, rules: list[Rule]) -> Ite
     def works(value: int | None) -> Fix | None:
         if field != RANKS:
             changed.__dict__[field] = value                           # a scratch copy, checked by the rules alone
-        for world in ([value] if field == RANKS else _worlds(layout, field, value)):
+        for world in _worlds(layout, field, value):
             at = Layout._of(changed, world)
             if not any(rule(changed, at) for rule in rules):
                 return Fix(field, value, world)
@@ -130,6 +130,8 @@ def _near(now: int, m: ModelConfig, layout: Layout) -> set[int]:
 
 def _worlds(layout: Layout, field: str, value: Any) -> list[int]:
     """The worlds to try with a new value: this one, and for the size of tp or pp the one where the other axes stay."""
+    if field == RANKS:
+        return [value]
     dp = layout.dp if layout.whole else 1
     follow = {TP: lambda: value * dp * layout.pp, PP: lambda: value * dp * layout.tp}
     return [layout.world] + ([follow[field]()] if field in follow else [])
