@@ -1,7 +1,7 @@
-"""explain: what a config means before anything runs: ranks, groups, bytes on the wire, memory. Arithmetic only, no torch.
+"""explain: what a config means before anything runs: ranks, groups, bytes on the wire, memory. Arithmetic, no torch.
 
-Every number here is held against a real run by tests/test_explain.py: parameters and optimizer bytes against the model's
-tensors, bytes per axis against the collectives that were called, activations against what autograd saved.
+Every number here is held against a real run by tests/test_explain.py: parameters, gradients and optimizer bytes against
+a model's tensors, bytes on the axis against the collectives that a step calls, activations against what autograd saves.
 """
 from __future__ import annotations
 
@@ -12,123 +12,195 @@ from ..parallel.mesh import rank_table
 from .config import Config, ModelConfig
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "float64": 8}
+HEAP = 2 * (2 << 20)                                                  # SymmHeap's two buffers of a rank, on a CPU
+AXES = ("tp", "dp", "pp", "ep", "edp")
+
+# ---- sizes ----------------------------------------------------------------------------------------------------
+
+
+def vocabulary_rows(m: ModelConfig, vocab_size: int, tp: int) -> int:
+    """Rows of the embedding on one rank, padding included."""
+    unit = m.make_vocab_size_divisible_by
+    return -(-vocab_size // (unit * tp)) * unit
+
+
+def kv_heads(m: ModelConfig, tp: int) -> int:
+    """Key / value heads of one rank: fewer than tp are copied."""
+    return m.query_groups // tp if m.query_groups % tp == 0 else 1
 
 
 def parameters(m: ModelConfig, vocab_size: int, tp: int = 1) -> int:
-    """Numbers one tp rank holds, vocabulary padding included (the largest rank's count: all are equal)."""
-    D, F, H, G, Dh, L = m.hidden_size, m.ffn_size, m.num_attention_heads, m.query_groups, m.head_dim, m.num_layers
-    kv = G // tp if G % tp == 0 else 1
-    bias, norms = m.add_bias_linear, 2 if m.normalization == "layernorm" else 1
-    qkv, up = (H // tp + 2 * kv) * Dh, (2 if m.activation == "swiglu" else 1) * F // tp
-    layer = (qkv + up) * (D + bias) + (H // tp * Dh + F // tp) * D + 2 * bias * D + 2 * norms * D
-    unit = m.make_vocab_size_divisible_by * tp
-    rows = -(-vocab_size // unit) * m.make_vocab_size_divisible_by
-    tables = rows * D * (1 if m.share_embeddings_and_output_weights else 2)
+    """Numbers one tp rank holds, vocabulary padding and copied key / value heads included: the same on every rank."""
+    D, F, H, Dh, L = m.hidden_size, m.ffn_size // tp, m.num_attention_heads // tp, m.head_dim, m.num_layers
+    bias, norm = int(m.add_bias_linear), (2 if m.normalization == "layernorm" else 1) * D
+    column = (H + 2 * kv_heads(m, tp)) * Dh + (2 if m.activation == "swiglu" else 1) * F
+    row = H * Dh + F
+    layer = column * (D + bias) + row * D + 2 * bias * D + 2 * norm
+    tables = vocabulary_rows(m, vocab_size, tp) * D * (1 if m.share_embeddings_and_output_weights else 2)
     positions = m.seq_length * D if m.position_embedding_type == "learned_absolute" else 0
-    return L * layer + tables + positions + norms * D
+    return L * layer + tables + positions + norm
+
+
+def _summed(m: ModelConfig, layout: Layout) -> int:
+    """Numbers in the one all-reduce for gradients that tp ranks hold in parts (parallel/sharding.py)."""
+    t, D, L, bias = layout.tp, m.hidden_size, m.num_layers, int(m.add_bias_linear)
+    n = 0
+    if layout.sp and t > 1:                                           # each rank saw its part of the sequence
+        n += (2 * L + 1) * (2 if m.normalization == "layernorm" else 1) * D + 2 * L * bias * D
+        n += m.seq_length * D if m.position_embedding_type == "learned_absolute" else 0
+    if m.query_groups % t:                                            # each copy of a head serves its own queries
+        n += L * 2 * m.query_groups * m.head_dim * (D + bias)
+    return n
+
+
+# ---- bytes on the wire ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank sends over an axis in a step, by cause: {cause: (calls, bytes)}. An all-reduce of n bytes over t ranks
-    counts 2 (t-1)/t n, an all-gather or reduce-scatter of n gathered bytes (t-1)/t n: the least any algorithm moves."""
-    by_cause: dict[str, tuple[int, float]]
+    """What one rank sends over an axis in a step for one cause: `calls` of collective `op`, `bytes` in all.
 
-    @property
-    def total(self) -> float:
-        return sum(b for _, b in self.by_cause.values())
+    Of t ranks, an all-reduce of n bytes counts 2 (t-1)/t n, an all-gather to or a reduce-scatter from n bytes
+    (t-1)/t n: the least that any algorithm sends. A message larger than the heap's buffers counts as one call."""
+    cause: str
+    op: str
+    calls: int
+    bytes: float
 
 
-def tp_traffic(config: Config, layout: Layout) -> Traffic:
+def tp_traffic(config: Config, layout: Layout) -> list[Traffic]:
     m, t = config.model, layout.tp
     if t == 1:
-        return Traffic({})
+        return []
     micro = m.global_batch_size // (m.micro_batch_size * layout.dp)
-    itemsize, S, B, D, L = ITEMSIZE[config.trainer.precision], m.seq_length, m.micro_batch_size, m.hidden_size, m.num_layers
-    n = S * B * D * itemsize
-    half = (t - 1) / t * n                                            # one all-gather or reduce-scatter; an all-reduce is two
-    again = 1 if m.recompute_granularity == "full" else 0
-    causes: dict[str, tuple[int, float]] = {}
+    itemsize, tokens, L = ITEMSIZE[config.trainer.precision], m.seq_length * m.micro_batch_size, m.num_layers
+    hidden, stat, again = tokens * m.hidden_size * itemsize, max(4, itemsize), m.recompute_granularity == "full"
+    rows: list[Traffic] = []
 
-    def add(cause: str, calls: int, each: float) -> None:
-        causes[cause] = (calls * micro, calls * micro * each)
+    def add(cause: str, op: str, calls: int, n: int) -> None:
+        rows.append(Traffic(cause, op, calls, calls * (t - 1) / t * n * (2 if op == "all-reduce" else 1)))
     if layout.sp:
-        add("embedding, reduce-scatter", 1, half)
-        add("embedding backward, all-gather", 1, half)
-        add("layers forward, all-gather", 2 * L * (1 + again), half)
-        add("layers forward, reduce-scatter", 2 * L * (1 + again), half)
-        add("layers backward, reduce-scatter", 2 * L, half)
-        add("layers backward, all-gather (gradient, and input again)", 4 * L, half)
-        add("head, all-gather (forward, and input again)", 2, half)
-        add("head backward, reduce-scatter", 1, half)
+        add("embedding, forward", "reduce-scatter", micro, hidden)
+        add("layers, forward", "all-gather", 2 * L * micro, hidden)
+        add("layers, forward", "reduce-scatter", 2 * L * micro, hidden)
+        add("head, forward", "all-gather", micro, hidden)
+        add("head, backward", "reduce-scatter", micro, hidden)
+        add("head, backward: its input again", "all-gather", micro, hidden)
+        if again:
+            add("layers, forward again", "all-gather", 2 * L * micro, hidden)
+            add("layers, forward again", "reduce-scatter", 2 * L * micro, hidden)
+        add("layers, backward", "all-gather", 2 * L * micro, hidden)
+        add("layers, backward", "reduce-scatter", 2 * L * micro, hidden)
+        add("layers, backward: their inputs again", "all-gather", 2 * L * micro, hidden)
+        add("embedding, backward", "all-gather", micro, hidden)
     else:
-        add("embedding, all-reduce", 1, 2 * half)
-        add("layers forward, all-reduce", 2 * L * (1 + again), 2 * half)
-        add("layers backward, all-reduce", 2 * L, 2 * half)
-        add("head backward, all-reduce", 1, 2 * half)
-    stat = 8 if itemsize == 8 else 4
-    add("cross entropy, all-gather of 3 numbers a token", 1, (t - 1) * S * B * 3 * stat)
-    return Traffic(causes)
+        add("embedding, forward", "all-reduce", micro, hidden)
+        add("layers, forward", "all-reduce", 2 * L * micro, hidden)
+        add("head, backward", "all-reduce", micro, hidden)
+        if again:
+            add("layers, forward again", "all-reduce", 2 * L * micro, hidden)
+        add("layers, backward", "all-reduce", 2 * L * micro, hidden)
+    add("cross entropy: 3 numbers a token", "all-gather", micro, t * tokens * 3 * stat)
+    if summed := _summed(m, layout):
+        add("gradients that ranks hold in parts", "all-reduce", 1, summed * stat)
+    add("gradient norm", "all-reduce", 1, 8)
+    return rows
 
 
-def activations(m: ModelConfig, layout: Layout, itemsize: int) -> float:
-    """Bytes that the forward of one micro-batch keeps for its backward on a rank, logits included, rounded-off terms
-    (row statistics, masks) left out. See the layers for what each saves."""
-    t, s, B, S, D, Dh = layout.tp, layout.tp if layout.sp else 1, m.micro_batch_size, m.seq_length, m.hidden_size, m.head_dim
-    kv = m.query_groups // t if m.query_groups % t == 0 else 1
-    H = m.num_attention_heads // t
-    tokens, rows = S * B, S * B / s
-    up = (2 if m.activation == "swiglu" else 1) * m.ffn_size / t
-    attention = (H + 2 * kv) * Dh * 2 + H * Dh                        # qkv, its rotated or expanded copies, the output
-    layer = 4 * rows * D + tokens * (attention + up + m.ffn_size / t)
+# ---- memory ---------------------------------------------------------------------------------------------------
+
+
+def activations(m: ModelConfig, layout: Layout, itemsize: int) -> int:
+    """Bytes that the forward of one micro-batch keeps for its backward on a rank, the logits left out.
+
+    Under full recompute: the input of every layer, and what one layer keeps while its backward runs."""
+    t, D, L, S, B = layout.tp, m.hidden_size, m.num_layers, m.seq_length, m.micro_batch_size
+    tokens, rows, stat = S * B, S * B // (t if layout.sp else 1), max(4, itemsize)
+    norm = rows * stat * (2 if m.normalization == "layernorm" else 1)
+    stream = rows * D * itemsize                                      # the residual stream, or a normalised copy of it
+    up = (2 if m.activation == "swiglu" else 1) * m.ffn_size // t
+    mlp = tokens * (up + m.ffn_size // t) * itemsize                  # input and output of the activation
+    layer = 4 * stream + 2 * norm + _attention(m, layout, itemsize) + mlp
+    tables = S * m.head_dim * stat if m.position_embedding_type == "rope" else 0
+    ids = tokens * (16 + (1 if t > 1 else 0))                         # ids, labels, and which ids are this rank's
+    ends = 2 * stream + norm + 2 * tokens * stat + tables + ids       # last norm, head, statistics of the cross entropy
     if m.recompute_granularity == "full":
-        kept = m.num_layers * rows * D + layer                        # inputs of all layers, and one layer at a time
+        return L * stream + (layer - stream) + ends
+    return L * layer + ends
+
+
+def _attention(m: ModelConfig, layout: Layout, itemsize: int) -> int:
+    """What attention keeps between its projections: the heads it reads, its output, statistics or probabilities."""
+    S, B, heads, kv = m.seq_length, m.micro_batch_size, m.num_attention_heads // layout.tp, kv_heads(m, layout.tp)
+    rope = m.position_embedding_type == "rope"
+    fused = heads + 2 * kv                                            # q, k, v of the projection: views of one tensor
+    if m.attention_dropout:
+        explicit = 2 * B * heads * S * S * itemsize + S * S           # probabilities before and after, the causal mask
+        return S * B * 4 * heads * m.head_dim * itemsize + explicit
+    if kv != heads:                                                   # k and v are repeated for every query head
+        kept = 2 * heads + (heads if rope else fused)
     else:
-        kept = m.num_layers * layer
-    return itemsize * (kept + 2 * rows * D)
+        kept = fused + (heads + kv if rope else 0)                    # v stays a view, and keeps its whole tensor
+    return S * B * ((kept + heads) * m.head_dim * itemsize + heads * max(4, itemsize))
 
 
-def memory(config: Config, layout: Layout, vocab_size: int) -> dict[str, float]:
-    """Bytes a rank needs: weights, gradients, optimizer (two moments, and fp32 masters of bf16 weights), activations, logits."""
+def memory(config: Config, layout: Layout, vocab_size: int) -> dict[str, int]:
+    """Bytes a rank needs. Gradients are kept in fp32 at least; AdamW has two moments, and masters of bf16 weights."""
     m, item = config.model, ITEMSIZE[config.trainer.precision]
     n, wide = parameters(m, vocab_size, layout.tp), max(4, item)
-    unit = m.make_vocab_size_divisible_by * layout.tp
-    logits = m.seq_length * m.micro_batch_size * (-(-vocab_size // unit) * m.make_vocab_size_divisible_by)
-    return {"weights": n * item, "gradients": n * (wide if wide == item else wide + item),
-            "optimizer": n * (2 * wide + (4 if item == 2 else 0)),
-            "activations": activations(m, layout, item), "logits and their gradient": 2.0 * logits * item}
+    logits = m.seq_length * m.micro_batch_size * vocabulary_rows(m, vocab_size, layout.tp)
+    need = {"weights": n * item, "gradients": n * wide, "optimizer": n * (2 * wide + (wide if item < wide else 0)),
+            "activations": activations(m, layout, item), "logits and their gradient": 2 * logits * item}
+    if layout.tp > 1:
+        need["shared memory for collectives (CPU)"] = HEAP
+    return need
+
+
+# ---- the text -------------------------------------------------------------------------------------------------
 
 
 def human(n: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024 or unit == "GiB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+            return f"{n:,.0f} {unit}" if unit == "B" else f"{n:,.1f} {unit}"
         n /= 1024
     raise AssertionError
 
 
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}" + ("" if n == 1 else "es" if what.endswith("ch") else "s")
+
+
 def explain(config: Config, world: int, vocab_size: int | None = None) -> str:
     """The text of `interlace explain`. Raises: UserError when the layout breaks a rule."""
-    layout = Layout.from_config(config, world)
-    m = config.model
+    layout, m = Layout.from_config(config, world), config.model
     vocab = vocab_size or m.vocab_size or 257
     micro = m.global_batch_size // (m.micro_batch_size * layout.dp)
-    n, mine = parameters(m, vocab), parameters(m, vocab, layout.tp)
-    lines = [f"model       {m.num_layers} layers, hidden {m.hidden_size}, ffn {m.ffn_size}, {m.num_attention_heads} heads "
-             f"({m.query_groups} key / value), vocabulary {vocab}: {n:,} parameters, {mine:,} on a rank",
-             f"layout      world {layout.world} = tp {layout.tp} x dp {layout.dp} x pp {layout.pp}, "
+    all_rows = vocabulary_rows(m, vocab, layout.tp) * layout.tp
+    padding = f" (padded to {all_rows:,})" if all_rows != vocab else ""
+    lines = [f"model     {_count(m.num_layers, 'layer')}, hidden {m.hidden_size:,}, ffn {m.ffn_size:,}, "
+             f"{_count(m.num_attention_heads, 'head')} of {m.head_dim}"
+             + (f" ({m.query_groups} key / value)" if m.query_groups != m.num_attention_heads else "")
+             + f", vocabulary {vocab:,}{padding}",
+             f"          {parameters(m, vocab):,} parameters in {config.trainer.precision}"
+             + (f", {parameters(m, vocab, layout.tp):,} on each rank" if layout.tp > 1 else ""),
+             f"layout    {_count(world, 'rank')} = tp {layout.tp} x dp {layout.dp} x pp {layout.pp}, "
              f"sequence parallel {'on' if layout.sp else 'off'}",
-             f"step        {m.global_batch_size} samples of {m.seq_length} tokens = {micro} micro-batches of {m.micro_batch_size} "
-             f"on each of {layout.dp} replicas", ""]
+             f"step      {_count(m.global_batch_size, 'sample')} of {_count(m.seq_length, 'token')} = "
+             f"{m.global_batch_size * m.seq_length:,} tokens, "
+             f"in {_count(micro, 'micro-batch')} of {m.micro_batch_size}", ""]
     table = rank_table(layout)
-    lines.append("rank   " + "".join(f"{a:>8}" for a in ("tp", "dp", "pp", "ep", "edp")) + "    its place on each axis")
-    for r in range(layout.world):
-        place = [next(g.index(r) for g in table[a] if r in g) for a in ("tp", "dp", "pp", "ep", "edp")]
-        lines.append(f"{r:<7}" + "".join(f"{p:>8}" for p in place))
-    lines += ["", "groups"] + [f"{a:<12}" + " ".join(str(list(g)) for g in table[a]) for a in ("tp", "dp", "pp", "ep", "edp")]
+    lines.append("place of each rank on the axes, and the ranks it shares them with")
+    lines.append(f"    {'rank':<6}" + "".join(f"{a:>5}" for a in AXES))
+    for r in range(world):
+        place = (next(g.index(r) for g in table[a] if r in g) for a in AXES)
+        lines.append(f"    {r:<6}" + "".join(f"{p:>5}" for p in place))
+    lines += [f"    {a:<6}" + " ".join(str(list(g)) for g in table[a]) for a in AXES]
     traffic = tp_traffic(config, layout)
-    lines += ["", f"bytes a rank sends per step: tp {human(traffic.total)}" + ("" if traffic.by_cause else " (one rank: nothing)")]
-    lines += [f"    {cause:<58}{calls:>6} calls {human(size):>12}" for cause, (calls, size) in traffic.by_cause.items()]
+    lines += ["", f"sent by each rank in a step, over tp: {human(sum(x.bytes for x in traffic))}"
+              + ("" if traffic else ", for there is one rank")]
+    lines += [f"    {x.cause:<40}{x.op:<16}{x.calls:>7,} x {human(x.bytes / x.calls):>10} {human(x.bytes):>12}"
+              for x in traffic]
     need = memory(config, layout, vocab)
-    lines += ["", f"memory of a rank: {human(sum(need.values()))}"] + [f"    {what:<58}{human(size):>25}" for what, size in need.items()]
-    return "\n".join(lines)
+    lines += ["", f"memory of each rank: {human(sum(need.values()))}"]
+    return "\n".join(lines + [f"    {what:<56}{human(size):>33}" for what, size in need.items()])

@@ -2,18 +2,25 @@
 
     world = tp * dp * pp      edp * ep = dp * tp      (ranks of a stage, folded twice)
 
-`Layout.from_config` checks all rules and reports every violation at once: the field, the numbers, why, the legal values.
+A rule is a function of the model's config and the layout that returns what is wrong, or None. `broken_rules` runs them
+all, and for each broken one tries the values around the user's until one obeys it and breaks no rule that held: a value
+that a message proposes has passed the same rules.
 """
 from __future__ import annotations
 
-import math
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from ..models.config import Config
+    from ..models.config import Config, ModelConfig
+
+TP, PP, VPP, EP = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
+                   "expert_model_parallel_size")
+RANKS = "--nproc"
 
 
 @dataclass(frozen=True)
@@ -30,124 +37,271 @@ class Layout:
     def dp(self) -> int:
         return self.world // (self.tp * self.pp)
 
+    @property
+    def whole(self) -> bool:
+        """Whether tp x pp divides the world, so that dp has a meaning."""
+        return self.world >= 1 and self.world % (self.tp * self.pp) == 0
+
     @classmethod
     def from_config(cls, config: Config, world: int) -> Layout:
         """The layout that `config` asks for on `world` ranks. Raises: UserError naming every violated rule."""
-        m = config.model
-        layout = cls(world, m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.expert_model_parallel_size,
-                     m.virtual_pipeline_model_parallel_size, m.sequence_parallel)
-        wrong = _sizes(layout)
-        if not wrong:                                                 # the rest divides by these sizes
-            wrong = [*_shapes(config, layout), *_batches(config, layout), *_experts(config, layout), *_not_yet(config, layout)]
-        if wrong:
-            n = len(wrong)
-            raise UserError(f"this layout does not fit ({n} {'rule is' if n == 1 else 'rules are'} broken):\n"
-                            + "\n".join(f"  {i}. {w}" for i, w in enumerate(wrong, 1)))
-        return layout
+        if wrong := broken_rules(config, world):
+            count = "1 rule is" if len(wrong) == 1 else f"{len(wrong)} rules are"
+            raise UserError("\n".join([f"this layout does not fit ({count} broken):",
+                                       *(f"  {i}. {w}" for i, w in enumerate(wrong, 1))]))
+        return cls._of(config.model, world)
+
+    @classmethod
+    def _of(cls, m: ModelConfig, world: int) -> Layout:
+        return cls(world, m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.expert_model_parallel_size,
+                   m.virtual_pipeline_model_parallel_size, m.sequence_parallel)
 
 
-def _near(value: int, legal: list[int]) -> str:
-    """The legal values closest to `value`, for an error message."""
-    return " or ".join(map(str, sorted(sorted(legal, key=lambda v: abs(v - value))[:3]))) or "none"
+Rule = Callable[["ModelConfig", Layout], "str | None"]
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+@dataclass(frozen=True)
+class Fix:
+    """One change that mends a rule: a field and its value (None: leave it out), and the number of ranks it takes."""
+    field: str
+    value: int | None
+    world: int
 
 
-def _multiples(value: int, of: int) -> str:
-    low = value // of * of
-    return f"{low} or {low + of}" if low else str(of)
+@dataclass(frozen=True)
+class Broken:
+    """A violated rule: what must hold and the numbers, then the changes that mend it. `str` is the whole message."""
+    rule: str
+    what: str
+    world: int
+    fixes: tuple[Fix, ...]
+
+    def __str__(self) -> str:
+        by_field: dict[str, list[str]] = {}
+        for f in self.fixes:
+            value = "none" if f.value is None else str(f.value)
+            ranks = f" (with {RANKS} {f.world})" if f.field != RANKS and f.world != self.world else ""
+            by_field.setdefault(f.field, []).append(value + ranks)
+        ways = [f"{field} {' or '.join(values)}" for field, values in by_field.items()]
+        return self.what + (f"; use {', or '.join(ways)}" if ways else "")
 
 
-def _sizes(layout: Layout) -> list[str]:
-    wrong = []
-    for word, size in (("tensor_model_parallel_size", layout.tp), ("pipeline_model_parallel_size", layout.pp),
-                       ("expert_model_parallel_size", layout.ep), ("--nproc", layout.world)):
-        if size < 1:
-            wrong.append(f"{word} must be at least 1, got {size}")
-    if not wrong and layout.world % (layout.tp * layout.pp):
-        need = layout.tp * layout.pp
-        wrong.append(f"the number of ranks must be a multiple of tensor_model_parallel_size {layout.tp} x "
-                     f"pipeline_model_parallel_size {layout.pp} = {need}, got {layout.world}; "
-                     f"start --nproc {_multiples(layout.world, need)} ranks")
-    return wrong
+def broken_rules(config: Config, world: int) -> list[Broken]:
+    """Every rule that `config` on `world` ranks breaks, in the order of RULES; [] for a legal layout."""
+    m, layout = config.model, Layout._of(config.model, world)
+    wrong = {name: text for name, (check, _) in RULES.items() if (text := check(m, layout))}
+    held = [check for name, (check, _) in RULES.items() if name not in wrong]
+    return [Broken(name, text, world, tuple(fix for field in RULES[name][1]
+                                            for fix in _fixes(m, layout, field, [RULES[name][0], *held])))
+            for name, text in wrong.items()]
 
 
-def _shapes(config: Config, layout: Layout) -> list[str]:
-    m, tp, wrong = config.model, layout.tp, []
-    heads, groups = m.num_attention_heads, m.query_groups
-    if heads % tp:
-        wrong.append(f"num_attention_heads must be a multiple of tensor_model_parallel_size {tp} (each rank holds whole "
-                     f"heads), got {heads}; use tensor_model_parallel_size {_near(tp, _divisors(heads))}, or "
-                     f"{_multiples(heads, tp)} heads")
-    if heads % groups:
-        wrong.append(f"num_attention_heads must be a multiple of num_query_groups, got {heads} and {groups}; "
-                     f"use num_query_groups {_near(groups, _divisors(heads))}")
-    if groups % tp and tp % groups:
-        legal = [g for g in _divisors(heads) if g % tp == 0 or tp % g == 0]
-        wrong.append(f"num_query_groups must be a multiple or a divisor of tensor_model_parallel_size {tp} (key / value heads "
-                     f"are split, or replicated evenly), got {groups}; use num_query_groups {_near(groups, legal)}")
-    if m.kv_channels is None and m.hidden_size % heads:
-        wrong.append(f"hidden_size must be a multiple of num_attention_heads {heads} when kv_channels is not set, got "
-                     f"{m.hidden_size}; use {_multiples(m.hidden_size, heads)}, or set kv_channels")
-    elif m.position_embedding_type == "rope" and m.head_dim % 2:
-        wrong.append(f"a head must have an even number of channels under rope, got {m.head_dim}; "
-                     f"set kv_channels to {m.head_dim - 1 or 2} or {m.head_dim + 1}")
-    if m.ffn_size % tp:
-        wrong.append(f"ffn_hidden_size must be a multiple of tensor_model_parallel_size {tp}, got {m.ffn_size}; "
-                     f"use {_multiples(m.ffn_size, tp)}")
-    if layout.sp and m.seq_length % tp:
-        wrong.append(f"seq_length must be a multiple of tensor_model_parallel_size {tp} under sequence_parallel (each rank "
-                     f"holds seq_length / tp positions), got {m.seq_length}; use {_multiples(m.seq_length, tp)}")
-    if m.num_layers % layout.pp:
-        wrong.append(f"num_layers must be a multiple of pipeline_model_parallel_size {layout.pp}, got {m.num_layers}; "
-                     f"use pipeline_model_parallel_size {_near(layout.pp, _divisors(m.num_layers))}")
-    if layout.vpp is not None and layout.pp == 1:
-        wrong.append(f"virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1, got {layout.vpp} with 1; "
-                     "leave it out")
-    elif layout.vpp is not None and (layout.vpp < 1 or m.num_layers % (layout.pp * layout.vpp)):
-        wrong.append(f"num_layers must be a multiple of pipeline_model_parallel_size {layout.pp} x "
-                     f"virtual_pipeline_model_parallel_size {layout.vpp}, got {m.num_layers}")
-    return wrong
+def _fixes(m: ModelConfig, layout: Layout, field: str, rules: list[Rule]) -> Iterator[Fix]:
+    """The nearest values of `field` below and above the user's that obey `rules`."""
+    changed = copy.copy(m)
+
+    def works(value: int | None) -> Fix | None:
+        if field != RANKS:
+            changed.__dict__[field] = value                           # a scratch copy, checked by the rules alone
+        for world in _worlds(layout, field, value):
+            at = Layout._of(changed, world)
+            if not any(rule(changed, at) for rule in rules):
+                return Fix(field, value, world)
+        return None
+    now = layout.world if field == RANKS else _value(m, field)
+    near = _near(now, m, layout)
+    for values in (sorted((v for v in near if v < now), reverse=True), sorted(v for v in near if v > now)):
+        if found := next(filter(None, map(works, values)), None):
+            yield found
+    if field == VPP and (leave_out := works(None)):
+        yield leave_out
 
 
-def _batches(config: Config, layout: Layout) -> list[str]:
-    m = config.model
-    step = m.micro_batch_size * layout.dp
-    if m.global_batch_size % step == 0:
-        return []
-    return [f"global_batch_size must be a multiple of micro_batch_size {m.micro_batch_size} x data parallel size {layout.dp} = "
-            f"{step}, got {m.global_batch_size}; use {_multiples(m.global_batch_size, step)}, or micro_batch_size "
-            f"{math.gcd(m.micro_batch_size, m.global_batch_size)}"]
+def _near(now: int, m: ModelConfig, layout: Layout) -> set[int]:
+    """Values to try: all close to `now`; farther off, multiples and divisors of the numbers that rules divide by."""
+    dp = layout.dp if layout.whole else 1
+    numbers = {layout.tp, layout.pp * (layout.vpp or 1), layout.ep, m.num_attention_heads, m.query_groups,
+               m.micro_batch_size * dp, m.global_batch_size // max(1, dp), m.hidden_size, m.num_layers}
+    close = set(range(now - 64, now + 65))
+    multiples = {(now // n + k) * n for n in numbers if n for k in range(-2, 4)}
+    divisors = {n // k for n in numbers for k in range(1, 33) if n % k == 0}
+    return {v for v in close | multiples | divisors if v >= 1}
 
 
-def _experts(config: Config, layout: Layout) -> list[str]:
-    m, wrong, stage = config.model, [], layout.dp * layout.tp
-    if stage % layout.ep:
-        wrong.append(f"expert_model_parallel_size must divide the {stage} ranks of a stage (tp {layout.tp} x dp {layout.dp}), "
-                     f"got {layout.ep}; use {_near(layout.ep, _divisors(stage))}")
+def _worlds(layout: Layout, field: str, value: Any) -> list[int]:
+    """The worlds to try with a new value: this one, and for the size of tp or pp the one where the other axes stay."""
+    if field == RANKS:
+        return [value]
+    dp = layout.dp if layout.whole else 1
+    follow = {TP: lambda: value * dp * layout.pp, PP: lambda: value * dp * layout.tp}
+    return [layout.world] + ([follow[field]()] if field in follow else [])
+
+
+def _value(m: ModelConfig, field: str) -> int:
+    """The value a field has, its default filled in."""
+    filled = {"num_query_groups": m.query_groups, "ffn_hidden_size": m.ffn_size, "kv_channels": m.head_dim}
+    return filled[field] if field in filled else getattr(m, field) or 1
+
+
+# ---- the rules ------------------------------------------------------------------------------------------------
+
+
+def _ranks(m: ModelConfig, at: Layout) -> str | None:
+    return f"{RANKS} must be at least 1, got {at.world}" if at.world < 1 else None
+
+
+def _world(m: ModelConfig, at: Layout) -> str | None:
+    if at.whole or at.world < 1:
+        return None
+    return (f"the number of ranks must be a multiple of {TP} x {PP} (a copy of the model fills tp x pp ranks), "
+            f"got {RANKS} {at.world} and {at.tp} x {at.pp} = {at.tp * at.pp}")
+
+
+def _heads(m: ModelConfig, at: Layout) -> str | None:
+    if m.num_attention_heads % at.tp == 0:
+        return None
+    return (f"num_attention_heads must be a multiple of {TP} (each rank holds whole heads), "
+            f"got {m.num_attention_heads} and {at.tp}")
+
+
+def _groups(m: ModelConfig, at: Layout) -> str | None:
+    if m.num_attention_heads % m.query_groups == 0:
+        return None
+    return ("num_attention_heads must be a multiple of num_query_groups (each key / value head serves equally many), "
+            f"got {m.num_attention_heads} and {m.query_groups}")
+
+
+def _groups_over_tp(m: ModelConfig, at: Layout) -> str | None:
+    if m.num_query_groups is None or m.query_groups % at.tp == 0 or at.tp % m.query_groups == 0:
+        return None                                                   # None: as many as heads: their own rule
+    return (f"num_query_groups must be a multiple or a divisor of {TP} (key / value heads are split over the ranks, or "
+            f"each copied to equally many), got {m.query_groups} and {at.tp}")
+
+
+def _hidden(m: ModelConfig, at: Layout) -> str | None:
+    if m.kv_channels is not None or m.hidden_size % m.num_attention_heads == 0:
+        return None
+    return ("hidden_size must be a multiple of num_attention_heads where kv_channels (channels of a head) is not set, "
+            f"got {m.hidden_size} and {m.num_attention_heads}")
+
+
+def _rope(m: ModelConfig, at: Layout) -> str | None:
+    if m.position_embedding_type != "rope" or m.head_dim % 2 == 0 or _hidden(m, at):
+        return None
+    how = "kv_channels"
+    if m.kv_channels is None:
+        how = f"hidden_size {m.hidden_size} / num_attention_heads {m.num_attention_heads}"
+    return f"a head must have an even number of channels under rope (it turns pairs of them), got {m.head_dim} = {how}"
+
+
+def _ffn(m: ModelConfig, at: Layout) -> str | None:
+    if m.ffn_size % at.tp == 0:
+        return None
+    default = " (its default here)" if m.ffn_hidden_size is None else ""
+    return f"ffn_hidden_size must be a multiple of {TP}, got {m.ffn_size}{default} and {at.tp}"
+
+
+def _sequence(m: ModelConfig, at: Layout) -> str | None:
+    if not at.sp or m.seq_length % at.tp == 0:
+        return None
+    return (f"seq_length must be a multiple of {TP} under sequence_parallel (each rank holds a part of it), "
+            f"got {m.seq_length} and {at.tp}")
+
+
+def _layers(m: ModelConfig, at: Layout) -> str | None:
+    if m.num_layers % at.pp == 0:
+        return None
+    return f"num_layers must be a multiple of {PP} (stages of equal depth), got {m.num_layers} and {at.pp}"
+
+
+def _vpp_alone(m: ModelConfig, at: Layout) -> str | None:
+    if at.vpp is None or at.vpp == 1 or at.pp > 1:
+        return None
+    return f"{VPP} needs {PP} > 1 (it cuts each stage into chunks), got {at.vpp} and {at.pp}"
+
+
+def _vpp(m: ModelConfig, at: Layout) -> str | None:
+    if at.vpp is None or at.pp == 1 or _layers(m, at) or m.num_layers % (at.pp * at.vpp) == 0:
+        return None
+    return (f"num_layers must be a multiple of {PP} x {VPP} (chunks of equal depth), "
+            f"got {m.num_layers} and {at.pp} x {at.vpp} = {at.pp * at.vpp}")
+
+
+def _batch(m: ModelConfig, at: Layout) -> str | None:
+    if not at.whole or m.global_batch_size % (m.micro_batch_size * at.dp) == 0:
+        return None
+    return ("global_batch_size must be a multiple of micro_batch_size x data parallel size (whole micro-batches on "
+            f"each replica), got {m.global_batch_size} and {m.micro_batch_size} x {at.dp} = "
+            f"{m.micro_batch_size * at.dp}")
+
+
+def _ep(m: ModelConfig, at: Layout) -> str | None:
+    if not at.whole or at.dp * at.tp % at.ep == 0:
+        return None
+    return (f"{EP} must divide the ranks of a stage, tensor x data parallel size (experts live on the same ranks), "
+            f"got {at.ep} and {at.tp} x {at.dp} = {at.tp * at.dp}")
+
+
+def _ep_dense(m: ModelConfig, at: Layout) -> str | None:
+    if at.ep == 1 or m.num_moe_experts is not None:
+        return None
+    return f"{EP} > 1 needs num_moe_experts, got {at.ep} and none (a dense model)"
+
+
+def _experts(m: ModelConfig, at: Layout) -> str | None:
+    if m.num_moe_experts is None or m.num_moe_experts % at.ep == 0:
+        return None
+    return (f"num_moe_experts must be a multiple of {EP} (equally many experts on each rank), "
+            f"got {m.num_moe_experts} and {at.ep}")
+
+
+def _topk(m: ModelConfig, at: Layout) -> str | None:
+    if m.num_moe_experts is None or m.moe_router_topk <= m.num_moe_experts:
+        return None
+    return ("moe_router_topk must be at most num_moe_experts (a token goes to that many different experts), "
+            f"got {m.moe_router_topk} and {m.num_moe_experts}")
+
+
+# Axes whose arithmetic exists and whose layers do not: refused, never ignored.
+
+
+def _no_dp(m: ModelConfig, at: Layout) -> str | None:
+    if not at.whole or at.dp == 1:
+        return None
+    return (f"data parallelism is not in this version: the number of ranks must be {TP} x {PP}, "
+            f"got {RANKS} {at.world} and {at.tp} x {at.pp} = {at.tp * at.pp}")
+
+
+def _no_pp(m: ModelConfig, at: Layout) -> str | None:
+    return f"pipeline parallelism is not in this version: {PP} must be 1, got {at.pp}" if at.pp > 1 else None
+
+
+def _no_moe(m: ModelConfig, at: Layout) -> str | None:
     if m.num_moe_experts is None:
-        if layout.ep > 1:
-            wrong.append(f"expert_model_parallel_size needs num_moe_experts, got {layout.ep} for a dense model; set it to 1")
-        return wrong
-    if m.num_moe_experts % layout.ep:
-        wrong.append(f"num_moe_experts must be a multiple of expert_model_parallel_size {layout.ep}, got {m.num_moe_experts}; "
-                     f"use expert_model_parallel_size {_near(layout.ep, _divisors(m.num_moe_experts))}")
-    if m.moe_router_topk > m.num_moe_experts:
-        wrong.append(f"moe_router_topk must be at most num_moe_experts {m.num_moe_experts}, got {m.moe_router_topk}")
-    return wrong
+        return None
+    return ("mixture of experts is not in this version: leave num_moe_experts out "
+            f"(with {EP} 1), got {m.num_moe_experts}")
 
 
-def _not_yet(config: Config, layout: Layout) -> list[str]:
-    """Axes whose arithmetic exists and whose layers do not: refused, never ignored."""
-    wrong = []
-    if layout.dp > 1:
-        legal = [t for t in _divisors(layout.world) if config.model.num_attention_heads % t == 0]
-        wrong.append(f"data parallelism is not in this version: {layout.world} ranks leave {layout.dp} replicas; start --nproc "
-                     f"{layout.tp * layout.pp}, or set tensor_model_parallel_size to {_near(layout.world, legal)}")
-    if layout.pp > 1:
-        wrong.append(f"pipeline parallelism is not in this version: pipeline_model_parallel_size must be 1, got {layout.pp}")
-    if config.model.num_moe_experts is not None:
-        wrong.append(f"mixture of experts is not in this version: leave num_moe_experts out, got {config.model.num_moe_experts}")
-    return wrong
+RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {                    # name: its check, the fields a fix may change
+    "ranks": (_ranks, (RANKS,)),
+    "world": (_world, (RANKS, TP, PP)),
+    "heads over tp": (_heads, (TP, "num_attention_heads")),
+    "heads over groups": (_groups, ("num_query_groups", "num_attention_heads")),
+    "groups over tp": (_groups_over_tp, ("num_query_groups", TP)),
+    "hidden over heads": (_hidden, ("hidden_size", "num_attention_heads")),
+    "even head": (_rope, ("kv_channels",)),
+    "ffn over tp": (_ffn, ("ffn_hidden_size", TP)),
+    "sequence over tp": (_sequence, ("seq_length", TP)),
+    "layers over pp": (_layers, (PP, "num_layers")),
+    "vpp without pp": (_vpp_alone, (VPP,)),
+    "layers over vpp": (_vpp, (VPP, "num_layers")),
+    "batch": (_batch, ("global_batch_size", "micro_batch_size")),
+    "ep over stage": (_ep, (EP,)),
+    "ep without experts": (_ep_dense, (EP,)),
+    "experts over ep": (_experts, (EP, "num_moe_experts")),
+    "topk": (_topk, ("moe_router_topk", "num_moe_experts")),
+    "no dp": (_no_dp, (RANKS, TP)),
+    "no pp": (_no_pp, (PP,)),
+    "no moe": (_no_moe, ()),
+}

@@ -4,8 +4,8 @@
     expert grid  arange(pp * edp * ep).view(pp, edp, ep)     the same ranks refolded: edp * ep = dp * tp within a stage
     axis "tp" of rank r = the ranks that differ from r only along tp
 
-This is Megatron's order tp-cp-ep-dp-pp with cp = 1. `groups_of` and `rank_table` are integer arithmetic and need no torch;
-`Mesh.build` is the one place that makes process groups.
+This is Megatron's order tp-cp-ep-dp-pp with cp = 1. `groups_of` and `rank_table` are integer arithmetic and need no
+torch; `Mesh.build` is the one place that makes process groups.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Axis:
 
 
 def groups_of(sizes: dict[str, int], axes: tuple[str, ...]) -> list[tuple[int, ...]]:
-    """All groups along `axes`: ranks that agree on every other coordinate, in rank order. sizes: outermost axis first."""
+    """All groups along `axes`: ranks that agree on every other coordinate, in order. sizes: outermost axis first."""
     strides = {a: math.prod(list(sizes.values())[i + 1:]) for i, a in enumerate(sizes)}
     fixed = [range(n) if a not in axes else (0,) for a, n in sizes.items()]
     moved = [range(n) if a in axes else (0,) for a, n in sizes.items()]
@@ -44,7 +44,7 @@ def groups_of(sizes: dict[str, int], axes: tuple[str, ...]) -> list[tuple[int, .
 
 
 def rank_table(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
-    """Every group of every axis: {"tp": [(0, 1), ...], "dp": ..., "pp": ..., "ep": ..., "edp": ..., "mp": ..., "embd": ...}.
+    """Every group of every axis: {"tp": [(0, 1), ...], "dp", "pp", "ep", "edp", "mp", "embd"}.
 
     mp = tp x pp, one model copy (its grad norm); embd = first and last stage (tied embeddings)."""
     dense = dict(zip(DENSE, (layout.pp, layout.dp, layout.tp)))
@@ -67,12 +67,12 @@ class Mesh:
 
     @classmethod
     def build(cls, layout: Layout) -> Mesh:
-        """Make every group of `layout`; collective over all ranks. Raises: ValueError when the world has another size."""
+        """Make every group of `layout`; collective over all ranks. Raises: ValueError on another world size."""
         import torch.distributed as dist
         world = dist.get_world_size() if dist.is_initialized() else 1
         if layout.world != world:
-            raise ValueError(f"Mesh: the layout must cover every rank, got {layout.world} ranks in the layout and {world} "
-                             f"in the world; start {layout.world} ranks or change the sizes")
+            raise ValueError(f"Mesh: the layout must cover every rank, got {layout.world} ranks in the layout and "
+                             f"{world} in the world; start {layout.world} ranks or change the sizes")
         me = dist.get_rank() if world > 1 else 0
 
         def axis(name: str, rows: list[tuple[int, ...]]) -> Axis:

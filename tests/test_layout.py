@@ -1,0 +1,190 @@
+"""Every rule of a layout: a config that breaks it and the exact message; several at once; proposed values work."""
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from interlace.models.config import Config, ModelConfig
+from interlace.parallel.errors import UserError
+from interlace.parallel.layout import RANKS, RULES, Layout, broken_rules
+
+TP, PP, VPP, EP = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
+                   "expert_model_parallel_size")
+
+# rule, ranks, config, parts of the message: what must hold with both numbers, then the nearest legal values
+BAD = [
+    ("ranks", 0, {}, "--nproc must be at least 1, got 0; use --nproc 1"),
+    ("ranks", -2, {}, "--nproc must be at least 1, got -2; use --nproc 1"),
+    ("world", 3, {TP: 2}, f"must be a multiple of {TP} x {PP}", "got --nproc 3 and 2 x 1 = 2; use --nproc 2, or"),
+    ("world", 1, {TP: 4}, "got --nproc 1 and 4 x 1 = 4; use --nproc 4, or"),
+    ("heads over tp", 3, {TP: 3}, f"num_attention_heads must be a multiple of {TP}",
+     f"got 8 and 3; use {TP} 2 (with --nproc 2) or 4 (with --nproc 4)"),
+    ("heads over tp", 2, {TP: 2, "num_attention_heads": 5, "kv_channels": 32}, "got 5 and 2",
+     "num_attention_heads 4 or 6"),
+    ("heads over tp", 16, {TP: 16}, "got 8 and 16", f"use {TP} 8 (with --nproc 8), or num_attention_heads 16"),
+    ("heads over groups", 1, {"num_query_groups": 3}, "num_attention_heads must be a multiple of num_query_groups",
+     "got 8 and 3; use num_query_groups 2 or 4"),
+    ("heads over groups", 1, {"num_query_groups": 16},
+     "got 8 and 16; use num_query_groups 8, or num_attention_heads 16"),
+    ("groups over tp", 4, {TP: 4, "num_attention_heads": 24, "kv_channels": 8, "num_query_groups": 6},
+     f"num_query_groups must be a multiple or a divisor of {TP}",
+     "got 6 and 4; use num_query_groups 4 or 8",
+     f"{TP} 2 (with --nproc 2)"),
+    ("hidden over heads", 1, {"hidden_size": 65}, "hidden_size must be a multiple of num_attention_heads",
+     "got 65 and 8; use hidden_size 64 or 80"),
+    ("hidden over heads", 1, {"hidden_size": 6}, "got 6 and 8; use hidden_size 16, or num_attention_heads 3"),
+    ("even head", 1, {"kv_channels": 7}, "even number of channels under rope",
+     "got 7 = kv_channels; use kv_channels 6 or 8"),
+    ("even head", 1, {"kv_channels": 1}, "got 1 = kv_channels; use kv_channels 2"),
+    ("even head", 1, {"hidden_size": 40}, "got 5 = hidden_size 40 / num_attention_heads 8; use kv_channels 4 or 6"),
+    ("ffn over tp", 2, {TP: 2, "ffn_hidden_size": 129}, f"ffn_hidden_size must be a multiple of {TP}",
+     f"got 129 and 2; use ffn_hidden_size 128 or 130, or {TP} 1 (with --nproc 1)"),
+    ("ffn over tp", 8, {TP: 8, "hidden_size": 24, "kv_channels": 4, "activation": "gelu",
+                         "ffn_hidden_size": 4},
+     f"got 4 and 8; use ffn_hidden_size 8, or {TP} 4 (with --nproc 4)"),
+    ("ffn over tp", 10, {TP: 10, "num_attention_heads": 10, "hidden_size": 40}, "got 128 (its default here) and 10"),
+    ("sequence over tp", 2, {TP: 2, "sequence_parallel": True, "seq_length": 255}, "seq_length must be a multiple of",
+     "under sequence_parallel", f"got 255 and 2; use seq_length 254 or 256, or {TP} 1 (with --nproc 1)"),
+    ("sequence over tp", 4, {TP: 4, "sequence_parallel": True, "seq_length": 2}, "got 2 and 4; use seq_length 4, or"),
+    ("layers over pp", 2, {PP: 2, "num_layers": 7}, f"num_layers must be a multiple of {PP}",
+     f"got 7 and 2; use {PP} 1 (with --nproc 1) or 7 (with --nproc 7), or num_layers 6 or 8"),
+    ("vpp without pp", 1, {VPP: 2}, f"{VPP} needs {PP} > 1", f"got 2 and 1; use {VPP} 1 or none"),
+    ("layers over vpp", 2, {PP: 2, VPP: 3, "num_layers": 8}, f"num_layers must be a multiple of {PP} x {VPP}",
+     f"got 8 and 2 x 3 = 6; use {VPP} 2 or 4 or none, or num_layers 6 or 12"),
+    ("batch", 1, {"micro_batch_size": 4, "global_batch_size": 6},
+     "global_batch_size must be a multiple of micro_batch_size x",
+     "got 6 and 4 x 1 = 4; use global_batch_size 4 or 8, or micro_batch_size 3 or 6"),
+    ("batch", 2, {"micro_batch_size": 4, "global_batch_size": 6},
+     "got 6 and 4 x 2 = 8; use global_batch_size 8, or micro_batch_size 3"),
+    ("batch", 1, {"micro_batch_size": 32},
+     "got 16 and 32 x 1 = 32; use global_batch_size 32, or micro_batch_size 16"),
+    ("ep over stage", 2, {TP: 2, EP: 3, "num_moe_experts": 9}, f"{EP} must divide the ranks of a stage",
+     f"got 3 and 2 x 1 = 2; use {EP} 1"),
+    ("ep over stage", 4, {TP: 2, PP: 2, EP: 4, "num_moe_experts": 8}, f"got 4 and 2 x 1 = 2; use {EP} 2"),
+    ("ep without experts", 2, {TP: 2, EP: 2}, f"{EP} > 1 needs num_moe_experts",
+     f"got 2 and none (a dense model); use {EP} 1"),
+    ("experts over ep", 4, {TP: 4, EP: 4, "num_moe_experts": 6}, f"num_moe_experts must be a multiple of {EP}",
+     f"got 6 and 4; use {EP} 2, or num_moe_experts 4 or 8"),
+    ("topk", 1, {"num_moe_experts": 8, "moe_router_topk": 9}, "moe_router_topk must be at most num_moe_experts",
+     "got 9 and 8; use moe_router_topk 8, or num_moe_experts 9"),
+    ("no dp", 4, {TP: 2}, "data parallelism is not in this version",
+     f"got --nproc 4 and 2 x 1 = 2; use --nproc 2, or {TP} 4"),
+    ("no pp", 2, {PP: 2}, "pipeline parallelism is not in this version",
+     f"{PP} must be 1, got 2; use {PP} 1 (with --nproc 1)"),
+    ("no moe", 1, {"num_moe_experts": 8}, "mixture of experts is not in this version",
+     "leave num_moe_experts out", "got 8"),
+]
+
+
+def config(**model):
+    return Config(model=ModelConfig(**model))
+
+
+@pytest.mark.parametrize("case", BAD, ids=[f"{i}-{c[0]}" for i, c in enumerate(BAD)])
+def test_the_message_of_each_rule(case):
+    rule, world, model, *parts = case
+    broken = {b.rule: b for b in broken_rules(config(**model), world)}
+    assert rule in broken, list(broken)
+    message = str(broken[rule])
+    assert all(part in message for part in parts), message
+    with pytest.raises(UserError) as e:
+        Layout.from_config(config(**model), world)
+    assert message in str(e.value)
+
+
+def test_every_rule_has_a_bad_config():
+    assert {case[0] for case in BAD} == set(RULES)
+
+
+def test_all_violations_in_one_error():
+    bad = config(num_query_groups=3, ffn_hidden_size=130, sequence_parallel=True, seq_length=255, global_batch_size=7,
+                 **{TP: 4, EP: 2})
+    with pytest.raises(UserError) as e:
+        Layout.from_config(bad, 4)
+    lines = str(e.value).splitlines()
+    assert lines[0] == "this layout does not fit (6 rules are broken):"
+    assert [line.split(". ")[0].strip() for line in lines[1:]] == list("123456")
+    fields = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "seq_length", "global_batch_size", EP)
+    for field, line in zip(fields, lines[1:]):
+        assert line.split(". ")[1].startswith(field), line
+
+
+def test_a_wrong_number_of_ranks_does_not_hide_the_rest():
+    bad = config(seq_length=255, sequence_parallel=True, num_layers=3, **{TP: 2, PP: 2})
+    assert [b.rule for b in broken_rules(bad, 3)] == ["world", "sequence over tp", "layers over pp", "no pp"]
+
+
+@pytest.mark.parametrize("world, model", [
+    (1, {}), (2, {TP: 2}), (4, {TP: 4, "sequence_parallel": True}), (8, {TP: 8, "num_query_groups": 2}),
+    (4, {TP: 4, "num_query_groups": 1}),
+    (1, {"sequence_parallel": True}),                                 # SP on one rank is the identity, not an error
+    (1, {"sequence_parallel": True, "seq_length": 255}), (1, {VPP: 1}),
+    (2, {TP: 2, "vocab_size": 257}),                                  # vocabularies are padded
+    (1, {"hidden_size": 65, "kv_channels": 8}), (1, {"hidden_size": 40, "position_embedding_type": "learned_absolute"}),
+])
+def test_legal_layouts_pass(world, model):
+    layout = Layout.from_config(config(**model), world)
+    assert (layout.world, layout.tp, layout.dp, layout.pp) == (world, model.get(TP, 1), 1, 1)
+
+
+def test_dp_is_what_is_left():
+    assert Layout(16, tp=2, pp=2).dp == 4
+    assert not Layout(3, tp=2).whole and not Layout(0).whole and Layout(4, tp=2).whole
+
+
+@st.composite
+def configs(draw):
+    """Mostly wrong: small numbers that rarely divide each other."""
+    some = lambda *v: draw(st.sampled_from(v))  # noqa: E731
+    model = {
+        "num_layers": some(1, 2, 5, 8), "hidden_size": some(8, 24, 64, 65), "num_attention_heads": some(1, 3, 4, 6, 8),
+        "num_query_groups": some(None, 1, 2, 3, 6), "kv_channels": some(None, 1, 4, 5),
+        "ffn_hidden_size": some(None, 3, 64, 100),
+        "seq_length": some(1, 7, 16), "sequence_parallel": some(True, False),
+        TP: some(1, 2, 3, 4, 6), PP: some(1, 1, 2, 3),
+        VPP: some(None, None, 1, 2, 3), EP: some(1, 1, 2, 3), "num_moe_experts": some(None, None, 1, 4, 6),
+        "moe_router_topk": some(1, 2, 5), "micro_batch_size": some(1, 2, 3, 8), "global_batch_size": some(1, 6, 16),
+        "position_embedding_type": some("rope", "learned_absolute"), "activation": some("swiglu", "gelu"),
+    }
+    return ModelConfig(**model), draw(st.sampled_from([0, 1, 2, 3, 4, 6, 8, 12]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs())
+def test_what_a_message_proposes_works(drawn):
+    """Every proposed value mends its rule and breaks no rule that held."""
+    model, world = drawn
+    before = broken_rules(Config(model=model), world)
+    names = {b.rule for b in before}
+    for b in before:
+        for fix in b.fixes:
+            mended = model if fix.field == RANKS else dataclasses.replace(model, **{fix.field: fix.value})
+            after = {x.rule for x in broken_rules(Config(model=mended), fix.world)}
+            assert b.rule not in after and after <= names, (str(b), fix, after)
+            assert f"{fix.field} " in str(b) and str(fix.value).lower() in str(b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs())
+def test_legal_means_the_shards_are_whole(drawn):
+    """What the layers rely on, said again from their side, for any config that no rule refuses."""
+    model, world = drawn
+    try:
+        at = Layout.from_config(Config(model=model), world)
+    except UserError:
+        return
+    H, G = model.num_attention_heads, model.query_groups
+    assert at.tp * at.dp * at.pp == world and model.ffn_size % at.tp == 0 and H % at.tp == 0
+    assert (H // at.tp) % max(1, G // at.tp) == 0 and (G % at.tp == 0 or at.tp % G == 0)
+    assert not at.sp or model.seq_length % at.tp == 0
+    assert model.head_dim * H == model.hidden_size or model.kv_channels
+
+
+@pytest.mark.parametrize("module", ["interlace.parallel.mesh", "interlace.parallel.layout", "interlace.models.explain"])
+def test_no_torch_is_imported(module):
+    code = f"import sys, {module}; sys.exit(f'torch came with {module}' if 'torch' in sys.modules else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
