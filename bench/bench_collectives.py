@@ -62,7 +62,7 @@ def _deepspeed(path: str, rank: int, world: int):
 
 def _ranks(rank: int, world: int, library: str) -> None:
     group = dist.group.WORLD
-    assert heap_of(group) is not None, "no heap here"
+    assert group is not None and heap_of(group) is not None, "no heap here"
     deepspeed = _deepspeed(library, rank, world) if library else None
     for nbytes in SIZES:
         for dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,6 @@
 """rms_norm and add_rms_norm, forward + backward, against torch's own. `python -m interlace.bench.bench_rms_norm`"""
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -6,6 +8,10 @@ from ..kernels import add_rms_norm, rms_norm, rms_norm_ref
 from .harness import compare
 
 SHAPES = [(1024, 256), (4096, 1024)]
+
+
+def torch_norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, w.shape, w, 1e-6)
 
 
 def main() -> None:
@@ -32,10 +38,10 @@ def main() -> None:
                 return h, F.rms_norm(h, (D,), w, 1e-6)
 
             case, size = {"N": N, "D": D, "dtype": str(dtype)[6:], "pass": "fwd+bwd"}, x.element_size()
-            compare("rms_norm", {"interlace": lambda b=both: b(rms_norm),
-                                 "torch F.rms_norm": lambda b=both, D=D: b(lambda x, w: F.rms_norm(x, (D,), w, 1e-6))},
+            compare("rms_norm", {"interlace": partial(both, rms_norm),
+                                 "torch F.rms_norm": partial(both, torch_norm)},
                     truth=both(rms_norm_ref, cast=torch.float64), case=case, nbytes=5 * N * D * size)
-            compare("add_rms_norm", {"interlace": lambda b=add_both: b(add_rms_norm), "torch": lambda b=add_both: b(torch_add)},
+            compare("add_rms_norm", {"interlace": partial(add_both, add_rms_norm), "torch": partial(add_both, torch_add)},
                     truth=add_both(torch_add, cast=torch.float64), case=case, nbytes=8 * N * D * size)
 
 

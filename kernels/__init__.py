@@ -1,6 +1,13 @@
 """Fused operators. Every op is `<op>.py` here, `test_<op>.py` in tests/, `bench_<op>.py` in bench/."""
 if __name__ == "kernels":
     raise ImportError("import interlace.kernels, not kernels: the repo root is on sys.path")
+from .cross_entropy import cross_entropy, cross_entropy_ref
+from .dropout import dropout, dropout_ref
+from .layer_norm import add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
 from .rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from .rope import rope, rope_ref, rope_tables
+from .swiglu import swiglu, swiglu_ref
 
-__all__ = ["add_rms_norm", "add_rms_norm_ref", "rms_norm", "rms_norm_ref"]
+__all__ = ["add_layer_norm", "add_layer_norm_ref", "add_rms_norm", "add_rms_norm_ref", "cross_entropy", "cross_entropy_ref",
+           "dropout", "dropout_ref", "layer_norm", "layer_norm_ref", "rms_norm", "rms_norm_ref", "rope", "rope_ref", "rope_tables",
+           "swiglu", "swiglu_ref"]

@@ -9,6 +9,7 @@ An op's schema stands in its kernels/<op>.py (`define`), not in C++: a pure-Pyth
 only adds the CPU implementation to it.
 """
 import ctypes
+import functools
 import json
 import os
 import warnings
@@ -31,9 +32,9 @@ except ImportError:                                                   # no wheel
         def jit(self, fn):
             return fn
 
-    triton = tl = _Absent()  # type: ignore[assignment]
+    triton = tl = _Absent()
 
-__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "define", "fused", "tl", "triton", "tune_malloc"]
+__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "tl", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -47,16 +48,21 @@ def build_info() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """This CPU's instruction sets in /proc/cpuinfo's words; empty where there is no such file."""
+    try:
+        return frozenset(next(ln.split(":")[1] for ln in open("/proc/cpuinfo") if ln.startswith("flags")).split())
+    except (OSError, StopIteration):
+        return frozenset()
+
+
 def _load_cpp() -> bool:
     """Load the C++ CPU ops. They are compiled for the CPU they were built on, so refuse them on a lesser one."""
     path = _HERE / "_cpu.so"
     if not path.exists():
         return False
-    try:
-        here = next((set(line.split(":")[1].split()) for line in open("/proc/cpuinfo") if line.startswith("flags")), set())
-    except OSError:
-        here = set()
-    missing = sorted(set(build_info().get("cpu_flags", ())) - here) if here else []
+    missing = sorted(set(build_info().get("cpu_flags", ())) - cpu_flags()) if cpu_flags() else []
     if missing:
         warnings.warn(f"interlace: C++ ops were built for a CPU with {', '.join(missing)}, which this one lacks: "
                       "using the references; rebuild with `pip install --no-build-isolation .`", stacklevel=2)
@@ -80,6 +86,29 @@ def define(schema: str, launch: Callable, fake: Callable) -> None:
     if INTERPRET:
         LIB.impl(name, launch, "CPU")
     torch.library.register_fake(f"interlace::{name}", fake, lib=LIB)
+
+
+def differentiable(name: str, setup: Callable, backward: Callable, keep: int = 1) -> Callable:
+    """Give op `interlace::<name>` its gradient; returns the callable that public functions use.
+
+    setup(ctx, inputs, output) and backward(ctx, *grads) are those of `torch.library.register_autograd`, which serves tracing.
+    Eager calls go through an autograd.Function over the same two: 36 us less a step than register_autograd's wrapper.
+    keep: the outputs a caller sees; the rest are statistics saved for the backward, whose gradients never come.
+    """
+    torch.library.register_autograd(f"interlace::{name}", backward, setup_context=setup, lib=LIB)
+    op = getattr(torch.ops.interlace, name).default
+    cut = lambda out: out if isinstance(out, Tensor) else out[0] if keep == 1 else out[:keep]  # noqa: E731
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                out = op(*inputs)
+            setup(ctx, inputs, out)
+            return cut(out)
+
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
+    return lambda *inputs: cut(op(*inputs)) if torch.compiler.is_compiling() else Eager.apply(*inputs)
 
 
 def fused(*tensors: Tensor) -> bool:

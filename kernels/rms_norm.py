@@ -10,7 +10,7 @@ Numerics  statistics and dw partials in fp32, one rounding per output. One row p
 import torch
 from torch import Tensor
 
-from .dispatch import define, fused, tl, triton
+from .dispatch import define, differentiable, fused, tl, triton
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(x, w, output[1])
 
 
-def _backward(ctx, dy, _drstd):
+def _backward(ctx, dy, *_):
     x, w, rstd = ctx.saved_tensors
     dx, dw = torch.ops.interlace.rms_norm_bwd(dy.contiguous(), x, w, rstd, x.new_empty(0))
     return dx, dw, None
@@ -121,14 +121,14 @@ def _add_setup(ctx, inputs, output):
     ctx.save_for_backward(output[0], inputs[2], output[2])
 
 
-def _add_backward(ctx, dh, dy, _drstd):
+def _add_backward(ctx, dh, dy, *_):
     h, w, rstd = ctx.saved_tensors
     dx, dw = torch.ops.interlace.rms_norm_bwd(dy.contiguous(), h, w, rstd, dh.contiguous())
     return dx, dx, dw, None
 
 
-torch.library.register_autograd("interlace::rms_norm_fwd", _backward, setup_context=_setup)
-torch.library.register_autograd("interlace::add_rms_norm_fwd", _add_backward, setup_context=_add_setup)
+_rms_norm = differentiable("rms_norm_fwd", _setup, _backward)
+_add_rms_norm = differentiable("add_rms_norm_fwd", _add_setup, _add_backward, keep=2)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
     _check("rms_norm", x, w)
     if not fused(x, w):
         return rms_norm_ref(x, w, eps)
-    return torch.ops.interlace.rms_norm_fwd(x.contiguous(), w, eps)[0]
+    return _rms_norm(x.contiguous(), w, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -165,5 +165,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6) -> t
                          f"got {list(residual.shape)} {residual.dtype}")
     if not fused(x, residual, w):
         return add_rms_norm_ref(x, residual, w, eps)
-    h, y, _ = torch.ops.interlace.add_rms_norm_fwd(x.contiguous(), residual.contiguous(), w, eps)
-    return h, y
+    return _add_rms_norm(x.contiguous(), residual.contiguous(), w, eps)

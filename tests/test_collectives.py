@@ -5,9 +5,10 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run
+
 from interlace.kernels.comm import SymmHeap, all_gather, all_reduce, all_to_all, heap_of, reduce_scatter
 from interlace.kernels.comm.heap import LIB
-from ranks import run
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 3, 63, 64, 1000, 4097, 70001]                         # rows; nothing, one, odd, a line, over a 16 KB slot

@@ -6,13 +6,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run
+
 from interlace.kernels.comm import CollectiveMismatch, HeapUnavailable, PeerDied, SymmHeap, all_gather, all_reduce, reduce_scatter
 from interlace.kernels.comm.heap import LIB
-from ranks import run
 
 SHM = "/dev/shm"
 
@@ -41,7 +43,7 @@ def _lifetime(rank, world):
     with pytest.raises(RuntimeError, match=r"out of use after close\(\)"):
         all_reduce(torch.ones(3), heap)
     b.fill_(1)                                                        # a staged tensor outlives close()
-    maps = lambda: open("/proc/self/maps").read().count(SHM)          # noqa: E731
+    maps = lambda: Path("/proc/self/maps").read_text().count(SHM)     # noqa: E731
     mapped = maps()
     del heap, a, b
     assert maps() == mapped - 1 and len(os.listdir("/proc/self/fd")) == len(fds) - (world - 1), handle
@@ -155,7 +157,7 @@ def _no_room(rank, world, folder):
     SymmHeap(dist.group.WORLD, 4096, directory=folder).close()       # and a smaller one fits
     with pytest.raises(OSError, match="/no/such/folder"):
         SymmHeap(dist.group.WORLD, 4096, directory="/no/such/folder")
-    real, module.SymmHeap.__init__.__kwdefaults__["directory"] = folder, "/no/such/folder"
+    module.SymmHeap.__init__.__kwdefaults__["directory"] = "/no/such/folder"
     module._warned = False
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

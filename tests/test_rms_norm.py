@@ -1,6 +1,7 @@
 import pytest
 import torch
 from budget import DTYPES, check_budget
+
 from interlace.kernels import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from interlace.kernels.dispatch import INTERPRET, fused
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .heap import CODES, LIB, SymmHeap, _heaps, heap_of
 
-__all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
+__all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "group_size", "reduce_scatter"]
 
 Group = dist.ProcessGroup | SymmHeap | None
 _OPS = {"sum": (0, dist.ReduceOp.SUM), "max": (1, dist.ReduceOp.MAX)}
@@ -33,7 +33,7 @@ def _heap(x: Tensor, group: Group) -> SymmHeap | None:
     if type(group) is SymmHeap:
         return group
     heap = _heaps.get(id(group), _unset)
-    return heap_of(group) if heap is _unset else heap  # type: ignore[arg-type, return-value]
+    return heap_of(group) if heap is _unset else heap  # type: ignore[return-value]
 
 
 def _torch_group(x: Tensor, group: Group) -> tuple[dist.ProcessGroup | None, int]:
@@ -41,6 +41,11 @@ def _torch_group(x: Tensor, group: Group) -> tuple[dist.ProcessGroup | None, int
     if type(group) is SymmHeap:
         group = group.group
     return group, 1 if group is None else dist.get_world_size(group)  # type: ignore[return-value, arg-type]
+
+
+def group_size(group: Group) -> int:
+    """The number of ranks of `group`: 1 for None."""
+    return group.size if isinstance(group, SymmHeap) else 1 if group is None else dist.get_world_size(group)
 
 
 def _result(op: str, x: Tensor, shape: tuple[int, ...] | torch.Size, out: Tensor | None) -> Tensor:

@@ -111,7 +111,7 @@ class _Segment:
 
     def view(self, offset: int, nbytes: int) -> Tensor:
         raw = (ctypes.c_char * nbytes).from_address(LIB.interlace_heap_data(self.handle) + offset)
-        raw._segment = self
+        raw._segment = self  # type: ignore[attr-defined]
         return torch.frombuffer(raw, dtype=torch.uint8)
 
 
@@ -146,7 +146,7 @@ class SymmHeap:
         self.name = name or next((n for n in (group.group_desc, group.group_name) if n and n != "undefined"), "?")
         self.nbytes = -(-max(nbytes, 64 * self.size) // 4096) * 4096         # pages, and a cache line for each rank
         self._segment: _Segment | None = None
-        self.handle = 0
+        self.handle, self._base = 0, 0
         if nbytes <= 0 or timeout <= 0:
             raise ValueError(f"SymmHeap: nbytes and timeout must be positive, got {nbytes} and {timeout}")
         peers = _exchange((WHY_NOT, _host(), self.nbytes, os.getpid(), dist.get_rank()), group)
@@ -241,7 +241,7 @@ _warned = False
 def heap_of(group: "dist.ProcessGroup | SymmHeap") -> SymmHeap | None:
     """The heap of `group`, made at the first call, which is collective; None, on all its ranks, where there cannot be one."""
     global _warned
-    if type(group) is SymmHeap:
+    if isinstance(group, SymmHeap):
         return group
     key = id(group)
     if key in _heaps:

@@ -1,0 +1,192 @@
+"""The command line: `interlace train | verify | explain | generate`.
+
+Exit status: 0 fine, 1 a check or a run failed, 2 the user's mistake, 130 Ctrl-C. The parent checks config, layout and
+data paths before any rank starts, and imports no torch: `interlace --help` answers at once.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from .parallel.errors import RunError, UserError, nearest
+
+if TYPE_CHECKING:
+    from .models.config import Config
+
+DESCRIPTION = """\
+Train a GPT split over several ranks, on CPUs or GPUs. A parallelism is a number in the config:
+
+  interlace train                                       one rank, Python's standard library as the text
+  interlace train tp=2 sp=true                          2 ranks: tensor + sequence parallel
+  interlace train --config gpt.yaml --data my_text/     your config, your text
+  interlace generate --out runs/default --prompt "def " sample from what was trained
+"""
+OVERRIDES = """\
+key=value sets a key of the config, on top of --config:
+  model.num_layers=8  optim.lr=3e-4  optim.sched.warmup_steps=100  trainer.max_steps=1000  trainer.precision=bf16
+  tp=2                model.tensor_model_parallel_size     sp=true   model.sequence_parallel
+  pp=2, vpp=2, ep=2   model.pipeline_, virtual_pipeline_, expert_model_parallel_size
+Every key with its default is in the config.yaml that a run writes to its --out folder.
+"""
+FLAGS = ("--config", "--nproc", "--out", "--data", "--steps", "--prompt", "--tokens", "--temperature", "--top-k",
+         "--seed")
+RESUME = "run the same command again to resume"
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="interlace", description=DESCRIPTION, formatter_class=raw)
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, text: str, examples: str, config: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.\n\n{examples}",
+                                  epilog=OVERRIDES if config else None, formatter_class=raw)
+        if config:
+            sub.add_argument("--config", metavar="FILE", help="YAML with sections model, optim, data, trainer")
+            sub.add_argument("--nproc", metavar="N", type=int, help="ranks on this machine (default: tp * pp; more are "
+                             "data parallel; under torchrun: its world)")
+            sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config")
+        return sub
+
+    d = " (default: %(default)s)"
+    train = command("train", "train a GPT, or resume it from --out", """\
+  interlace train --out runs/a tp=2 sp=true
+  interlace train --data book.txt src/ trainer.max_steps=500
+  torchrun --nproc-per-node 4 -m interlace train tp=4""")
+    train.add_argument("--out", metavar="DIR", default="runs/default", help="metrics.jsonl, config.yaml, loss.png and "
+                       "checkpoints go there; a run found there goes on" + d)
+    train.add_argument("--data", metavar="PATH", nargs="+", help="text: files, folders (default: Python's own source)")
+    verify = command("verify", "show that a layout computes what one process computes, in float64", """\
+  interlace verify tp=2 sp=true
+  interlace verify --config gpt.yaml tp=4 --steps 3""")
+    verify.add_argument("--steps", metavar="N", type=int, default=5, help="optimizer steps to compare" + d)
+    command("explain", "print ranks, groups, bytes on each axis per step and memory per rank; starts nothing", """\
+  interlace explain tp=2 sp=true --nproc 8""")
+    generate = command("generate", "sample text from a trained run", """\
+  interlace generate --out runs/a --prompt 'def '""", config=False)
+    generate.add_argument("--out", metavar="DIR", default="runs/default", help="the folder of the run" + d)
+    generate.add_argument("--prompt", metavar="TEXT", default="", help="text to continue (default: none)")
+    generate.add_argument("--tokens", metavar="N", type=int, default=200, help="most tokens to add" + d)
+    generate.add_argument("--temperature", metavar="X", type=float, default=0.8, help="0: the likeliest token" + d)
+    generate.add_argument("--top-k", metavar="N", type=int, default=50, help="choose among N tokens; 0: all" + d)
+    generate.add_argument("--seed", metavar="N", type=int, default=0, help="of the choices" + d)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; returns its exit status. argparse itself exits on --help (0) and a bad flag value (2)."""
+    parser = _parser()
+    args, loose = parser.parse_known_args(argv)
+    try:
+        _no_strangers(parser, args, loose)
+        if args.version:
+            from . import __version__
+            print(f"interlace {__version__}")
+            return 0
+        if args.command is None:
+            parser.print_help()
+            return 2
+        return _COMMANDS[args.command](args)
+    except (UserError, RunError) as e:
+        from .launch import speaks
+        if speaks() or isinstance(e, RunError):
+            print(f"interlace: {e}", file=sys.stderr, flush=True)
+        return 2 if isinstance(e, UserError) else 1
+    except KeyboardInterrupt:
+        print(f"\ninterlace: interrupted; {RESUME if args.command == 'train' else 'run the same command again'}",
+              file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:                                           # interlace explain | head
+        sys.stderr.close()
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _no_strangers(parser: argparse.ArgumentParser, args: argparse.Namespace, loose: list[str]) -> None:
+    """key=value after --data PATH ..., which argparse hands to --data or to nobody; and flags that do not exist."""
+    if hasattr(args, "overrides"):
+        args.overrides += [text for text in loose if not text.startswith("-")]
+        loose = [text for text in loose if text.startswith("-")]
+    if getattr(args, "data", None):
+        args.overrides += [text for text in args.data if _is_override(text)]
+        args.data = [text for text in args.data if not _is_override(text)]
+    if loose:
+        from .models.config import ALIASES
+        flag, equals, _ = loose[0].partition("=")
+        close = nearest(flag, [f for f in FLAGS if hasattr(args, f[2:].replace("-", "_"))])
+        if equals and ("." in flag or not close or flag.lstrip("-") in ALIASES):
+            way_out = f"keys of the config have no dashes: {loose[0].lstrip('-')}"
+        elif close:
+            way_out = f"did you mean {close}?"
+        else:
+            way_out = f"see interlace {args.command or ''} --help"
+        raise UserError(f"unknown argument {loose[0]}; {way_out}")
+
+
+def _is_override(text: str) -> bool:
+    from pathlib import Path
+    head, equals, _ = text.partition("=")
+    return bool(equals) and head.replace(".", "").replace("_", "").isalnum() and not Path(text).exists()
+
+
+def _config(args: argparse.Namespace) -> tuple[Config, int]:
+    """(config, world), checked as far as can be without torch."""
+    from .launch import default_nproc
+    from .models.config import load_config
+    from .parallel.layout import Layout
+    config = load_config(args.config, args.overrides)
+    m = config.model
+    ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
+    world = args.nproc if args.nproc is not None else default_nproc(ranks)
+    if world < 1:
+        raise UserError(f"--nproc must be >= 1, got {world}")
+    Layout.from_config(config, world)
+    return config, world
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .launch import launch
+    from .models.config import to_dict
+    from .models.data import check_paths
+    config, world = _config(args)
+    tree = to_dict(config)
+    if args.data:
+        if config.data.paths:
+            raise UserError("the text must be given once, got both --data and data.paths; keep one")
+        tree["data"]["paths"] = args.data
+    check_paths(tree["data"]["paths"])
+    return launch(world, "interlace.models.train:train", {"config": tree, "out": args.out}, again=RESUME)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .launch import launch
+    from .models.config import to_dict
+    if args.steps < 1:
+        raise UserError(f"--steps must be >= 1, got {args.steps}")
+    config, world = _config(args)
+    return launch(world, "interlace.models.verify:verify", {"config": to_dict(config), "steps": args.steps})
+
+
+def _explain(args: argparse.Namespace) -> int:
+    config, world = _config(args)
+    from .models.explain import explain
+    print(explain(config, world))
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from .rank import call
+    for name, holds, rule in (("tokens", args.tokens >= 1, ">= 1"), ("temperature", args.temperature >= 0, ">= 0"),
+                              ("top-k", args.top_k >= 0, ">= 0"), ("seed", args.seed >= 0, ">= 0")):
+        if not holds:
+            raise UserError(f"--{name} must be {rule}, got {getattr(args, name.replace('-', '_'))}")
+    return call("interlace.models.generate:main", {k: getattr(args, k) for k in (
+        "out", "prompt", "tokens", "temperature", "top_k", "seed")})
+
+
+_COMMANDS = {"train": _train, "verify": _verify, "explain": _explain, "generate": _generate}

@@ -1,0 +1,376 @@
+"""The config of a run: frozen dataclasses with NeMo's and Megatron's words, read from YAML and `key=value` overrides.
+
+    config = load_config("gpt.yaml", ["model.tensor_model_parallel_size=2", "optim.lr=3e-4"])
+
+A field's annotation is its rule: a range, a set of words, None when it may be left out. Rules between fields of the
+layout (divisibility, world size) stand in parallel/layout.py. No torch here: the parent checks before ranks start.
+"""
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from ..parallel.errors import UserError, nearest, raise_problems
+
+__all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "SchedConfig", "TrainerConfig", "from_dict",
+           "load_config", "to_dict", "to_yaml"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """lo <= value, value < below, value > above: in an annotation, what a number must keep to."""
+
+    lo: float | None = None
+    below: float | None = None
+    above: float | None = None
+
+    def holds(self, x: float) -> bool:
+        return ((self.lo is None or x >= self.lo) and (self.below is None or x < self.below)
+                and (self.above is None or x > self.above))
+
+    def __str__(self) -> str:
+        parts = ((">=", self.lo), (">", self.above), ("<", self.below))
+        return " and ".join(f"{sign} {limit}" for sign, limit in parts if limit is not None)
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """Other spellings of the words of a Literal."""
+
+    words: tuple[tuple[str, str], ...]
+
+
+Count = Annotated[int, Range(lo=1)]
+CountOrZero = Annotated[int, Range(lo=0)]
+Positive = Annotated[float, Range(above=0)]
+PositiveOrZero = Annotated[float, Range(lo=0)]
+Probability = Annotated[float, Range(lo=0, below=1)]
+Seed = Annotated[int, Range(lo=0, below=2**32)]
+Precision = Annotated[Literal["fp32", "bf16", "float64"], Spelled((
+    ("32", "fp32"), ("32-true", "fp32"), ("float32", "fp32"), ("bf16-mixed", "bf16"), ("bfloat16", "bf16"),
+    ("64", "float64"), ("64-true", "float64"), ("fp64", "float64")))]
+
+
+class _Checked:
+    """A config built in Python is checked like one read from a file."""
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            name, hint = f"{_SECTION[type(self)]}.{f.name}".lstrip("."), _HINTS[type(self)][f.name]
+            try:
+                object.__setattr__(self, f.name, _value(name, getattr(self, f.name), hint))
+            except UserError as e:
+                problems.append(str(e))
+        raise_problems(type(self).__name__, problems or self._between())
+
+    def _between(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Checked):
+    num_layers: Count = 4                                       # transformer blocks
+    hidden_size: Count = 256                                    # features of the residual stream
+    ffn_hidden_size: Count | None = None                        # None: gelu 4 * hidden, swiglu 8/3 * hidden up to x64
+    num_attention_heads: Count = 8                              # query heads
+    num_query_groups: Count | None = None                       # key / value heads; None: one per query head
+    kv_channels: Count | None = None                            # features of one head; None: hidden / heads
+    seq_length: Count = 256                                     # tokens of one sample
+    vocab_size: Count | None = None                             # None: the tokenizer's
+    make_vocab_size_divisible_by: Count = 128                   # the embedding is padded to a multiple of this
+    normalization: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    layernorm_epsilon: Positive = 1e-5                          # of either norm
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
+    rotary_base: Positive = 10000.0                             # rope only
+    share_embeddings_and_output_weights: bool = False           # one matrix for input and output
+    add_bias_linear: bool = False                               # bias in every linear layer
+    hidden_dropout: Probability = 0.0                           # after embedding, attention and mlp
+    attention_dropout: Probability = 0.0                        # of attention probabilities
+    init_method_std: PositiveOrZero = 0.02                      # of initial weights
+    recompute_granularity: Literal["full"] | None = None        # full: keep each block's input, recompute the rest
+    tensor_model_parallel_size: Count = 1                       # tp: ranks that share one layer
+    sequence_parallel: bool = False                             # sp: split norms and dropout over the sequence; tp > 1
+    pipeline_model_parallel_size: Count = 1                     # pp: stages
+    virtual_pipeline_model_parallel_size: Count | None = None   # vpp: model chunks of one stage
+    expert_model_parallel_size: Count = 1                       # ep: ranks that share one layer's experts
+    num_moe_experts: Count | None = None                        # experts of a layer; None: a dense model
+    moe_router_topk: Count = 2                                  # experts one token goes to
+    micro_batch_size: Count = 4                                 # samples of one forward pass of a data-parallel rank
+    global_batch_size: Count = 16                               # samples of one step on all ranks
+
+    @property
+    def ffn_size(self) -> int:
+        """ffn_hidden_size with its default filled in."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return 4 * self.hidden_size if self.activation == "gelu" else -(-8 * self.hidden_size // (3 * 64)) * 64
+
+    @property
+    def query_groups(self) -> int:
+        """num_query_groups with its default filled in."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """kv_channels with its default filled in (rounded down: parallel/layout.py demands divisibility)."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class SchedConfig(_Checked):
+    warmup_steps: CountOrZero = 20                              # steps from 0 to lr
+    decay: Literal["cosine", "linear", "constant"] = "cosine"   # from lr to min_lr after the warm-up
+    decay_steps: Count | None = None                            # step that reaches min_lr; None: trainer.max_steps
+
+
+@dataclass(frozen=True)
+class OptimConfig(_Checked):
+    name: Literal["adamw"] = "adamw"
+    lr: Positive = 1e-3                                         # peak, after the warm-up
+    min_lr: PositiveOrZero = 1e-4                               # at the end, <= lr
+    weight_decay: PositiveOrZero = 0.1                          # on matrices, not on norms and biases
+    betas: tuple[Probability, Probability] = (0.9, 0.95)        # decay of the two moments
+    eps: Positive = 1e-8                                        # in the denominator
+    clip_grad: PositiveOrZero = 1.0                             # largest global gradient norm; 0: off
+    sched: SchedConfig = field(default_factory=SchedConfig)
+
+    def _between(self) -> list[str]:
+        if self.min_lr <= self.lr or self.sched.decay == "constant":
+            return []
+        return [f"optim.min_lr must be <= optim.lr, got {self.min_lr:g} > {self.lr:g}; "
+                f"set optim.min_lr={self.lr / 10:g}"]
+
+
+@dataclass(frozen=True)
+class DataConfig(_Checked):
+    paths: tuple[str, ...] = ()                                 # files, folders; empty: Python's standard library
+    tokenizer: str = "bytes"                                    # bytes, or the path of a Hugging Face tokenizer.json
+    extensions: tuple[str, ...] | None = None                   # in a folder, like .py; None: all UTF-8 text
+
+
+@dataclass(frozen=True)
+class TrainerConfig(_Checked):
+    max_steps: Count = 200                                      # optimizer steps
+    precision: Precision = "fp32"                               # of matrix products and activations
+    seed: Seed = 1234                                           # of weights, data order and dropout
+    log_every_n_steps: Count = 1                                # steps between lines of metrics.jsonl
+    save_every_n_steps: CountOrZero = 100                       # steps between checkpoints; 0: only the last step
+    keep_checkpoints: Count = 3                                 # newest checkpoints kept in --out
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"        # auto: cuda when every local rank has a GPU
+
+
+@dataclass(frozen=True)
+class Config(_Checked):
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    @property
+    def decay_steps(self) -> int:
+        """optim.sched.decay_steps with its default filled in."""
+        return self.optim.sched.decay_steps or self.trainer.max_steps
+
+
+ALIASES = {"tp": "model.tensor_model_parallel_size", "pp": "model.pipeline_model_parallel_size",
+           "vpp": "model.virtual_pipeline_model_parallel_size", "sp": "model.sequence_parallel",
+           "ep": "model.expert_model_parallel_size"}
+_SECTION = {Config: "", ModelConfig: "model", OptimConfig: "optim", SchedConfig: "optim.sched", DataConfig: "data",
+            TrainerConfig: "trainer"}
+_HINTS = {cls: typing.get_type_hints(cls, include_extras=True) for cls in _SECTION}
+_KEYS = {f"{section}.{name}": hint for cls, section in _SECTION.items() if section for name, hint in _HINTS[cls].items()
+         if not isinstance(hint, type) or not issubclass(hint, _Checked)}
+
+# ---- one value ------------------------------------------------------------------------------------------------
+
+
+def _value(name: str, value: Any, hint: Any) -> Any:
+    """`value` as `hint` wants it, or a UserError: what must hold, what came, the way out."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):                     # T | None
+        if value is None or str(value).lower() == "none":
+            return None
+        return _value(name, value, next(a for a in args if a is not type(None)))
+    if origin is Annotated:
+        spelled = dict(next((m.words for m in args[1:] if isinstance(m, Spelled)), ()))
+        value = _value(name, spelled.get(str(value), value), args[0])
+        bad = [m for m in args[1:] if isinstance(m, Range) and not m.holds(value)]
+        if bad:
+            raise UserError(f"{name} must be {bad[0]}, got {value!r}")
+        return value
+    if origin is Literal:
+        return _word(name, value, args)
+    if origin is tuple:
+        return _tuple(name, value, args)
+    if hint is bool and not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false, got {value!r}")
+    if hint is int:
+        return _int(name, value)
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UserError(f"{name} must be a finite number, got {value!r}")
+        return float(value)
+    if hint is str:
+        if isinstance(value, bool) or not isinstance(value, (str, int, float, Path)) or value == "":
+            raise UserError(f"{name} must be text, got {value!r}")
+        return str(value)
+    if isinstance(hint, type) and not isinstance(value, hint):
+        raise UserError(f"{name} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def _word(name: str, value: Any, words: tuple[str, ...]) -> str:
+    if value in words:
+        return value
+    close = nearest(str(value), words)
+    hint = f"; did you mean {close}?" if close else ""
+    one_of = words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+    raise UserError(f"{name} must be {one_of}, got {value!r}{hint}")
+
+
+def _int(name: str, value: Any) -> int:
+    whole = isinstance(value, float) and value.is_integer()           # 1e3
+    if isinstance(value, bool) or not (isinstance(value, int) or whole):
+        raise UserError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def _tuple(name: str, value: Any, args: tuple) -> tuple:
+    if isinstance(value, (str, Path)) and args[0] is str:
+        value = (value,)
+    many = args[-1] is Ellipsis
+    if not isinstance(value, (list, tuple)) or (not many and len(value) != len(args)):
+        wanted = "a list such as [a, b]" if many else f"a list of {len(args)} numbers"
+        raise UserError(f"{name} must be {wanted}, got {value!r}")
+    return tuple(_value(f"{name}[{i}]", v, args[0] if many else args[i]) for i, v in enumerate(value))
+
+
+# ---- reading and writing --------------------------------------------------------------------------------------
+
+
+def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The config of YAML file `path` (None: the defaults) with `section.key=value` overrides on top.
+
+    Raises: UserError that holds every unknown key and every bad value at once.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    if path is not None:
+        values.update(_flat(_read_yaml(path), problems, str(path)))
+    for text in overrides:
+        values.update(_override(text, problems))
+    return _build(values, problems)
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """What `to_dict` gave, as a config again."""
+    problems: list[str] = []
+    return _build(_flat(tree, problems, "the config"), problems)
+
+
+def _build(values: dict[str, Any], problems: list[str]) -> Config:
+    """The config of {full key: value}, or one UserError: `problems` and every value that breaks its field's rule."""
+    sections: dict[str, dict[str, Any]] = {section: {} for section in _SECTION.values()}
+    for key, value in values.items():
+        section, name = key.rsplit(".", 1)
+        try:
+            sections[section][name] = _value(key, value, _KEYS[key])
+        except UserError as e:
+            problems.append(str(e))
+    raise_problems("config", problems)
+    sched = SchedConfig(**sections["optim.sched"])
+    return Config(ModelConfig(**sections["model"]), OptimConfig(**sections["optim"], sched=sched),
+                  DataConfig(**sections["data"]), TrainerConfig(**sections["trainer"]))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain dicts, lists, numbers and strings, in the order of the fields."""
+    def plain(x: Any) -> Any:
+        return {k: plain(v) for k, v in x.items()} if isinstance(x, dict) else list(x) if isinstance(x, tuple) else x
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    """Text that `load_config` reads back to an equal config."""
+    from omegaconf import OmegaConf
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def _read_yaml(path: str) -> dict[Any, Any]:
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+    try:
+        loaded = OmegaConf.load(path)
+        if isinstance(loaded, DictConfig):
+            return OmegaConf.to_container(loaded, resolve=True)  # type: ignore[return-value]
+    except OSError as e:
+        raise UserError(f"--config must be a YAML file that can be read, got {path}: {e.strerror or e}") from None
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as e:
+        raise UserError(f"--config must be valid YAML, got {path}: {' '.join(str(e).split())}") from None
+    raise UserError(f"--config must hold sections (model:, optim:, data:, trainer:), got {path} that holds a list")
+
+
+def _override(text: str, problems: list[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        problems.append(f"an override must be key=value, got {text!r}; example: model.num_layers=8")
+        return {}
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=True)
+    except (YAMLError, OmegaConfBaseException) as e:
+        problems.append(f"the value of {text!r} must be YAML: {' '.join(str(e).split())}; put it in quotes")
+        return {}
+    return _flat({key.strip(): parsed["value"]}, problems, "the command line")  # type: ignore[index,call-overload]
+
+
+def _flat(tree: dict[Any, Any], problems: list[str], source: str, prefix: str = "") -> dict[str, Any]:
+    """{"model": {"tp": 2}} -> {"model.tensor_model_parallel_size": 2}; unknown keys go to `problems`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in _SECTION.values():
+            if isinstance(value, dict):
+                found = _flat(value, problems, source, key + ".")
+            elif value is None:                                       # an empty section
+                continue
+            else:
+                problems.append(f"{key} is a section: it must hold keys such as {_first(key)}, got {value!r}")
+                continue
+        else:
+            full = ALIASES.get(key.removeprefix("model."), key)
+            if full not in _KEYS:
+                problems.append(_unknown(key))
+                continue
+            found = {full: value}
+        for full in flat.keys() & found.keys():
+            problems.append(f"{full} is given twice in {source}, as {flat[full]!r} and {found[full]!r}; keep one")
+        flat.update(found)
+    return flat
+
+
+def _first(section: str) -> str:
+    return next(k for k in _KEYS if k.rsplit(".", 1)[0] == section)
+
+
+def _unknown(key: str) -> str:
+    """Nearest key: in the section the user named, then by its last word in any section, then by the whole."""
+    section, _, last = key.rpartition(".")
+    here = {k.rsplit(".", 1)[1]: k for k in _KEYS if k.rsplit(".", 1)[0] == section}
+    words = {k.rsplit(".", 1)[1]: k for k in _KEYS}
+    near = last if last in words else nearest(last, [*here, *ALIASES] if section == "model" else here)
+    near = near or nearest(last, words)
+    close = here.get(near) or ALIASES.get(near) or words[near] if near else nearest(key, _KEYS)
+    if close:
+        return f"unknown key {key}; did you mean {close}?"
+    if here:
+        return f"unknown key {key}; section {section} has: {', '.join(here)}"
+    return f"unknown key {key}; sections are {', '.join(s for s in _SECTION.values() if s)}"

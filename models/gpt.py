@@ -1,0 +1,223 @@
+"""GPT: a decoder whose every layer is a parallel layer over one tp axis.   On `Mesh()` the same text is the one-process model.
+
+    ids [S, B] -> embed_tokens -> h [S/t, B, D] -> num_layers x Block -> norm -> lm_head -> logits [S, B, V/t] -> loss [S, B]
+
+    Block   y = input_layernorm(h);  a = self_attn(y);  h, y = post_attention_layernorm(a + h);  h = h + mlp(y)
+
+Legend  S sequence, B micro-batch, D hidden, H query heads, Hkv key / value heads, Dh channels of a head, F ffn, V vocabulary,
+        L layers; S/t under sequence parallelism, else S. Parameters carry Hugging Face's Llama names.
+"""
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels import add_layer_norm, add_rms_norm, dropout, layer_norm, rms_norm, rope, rope_tables, swiglu
+from ..kernels.comm import rs_residual_norm
+from ..parallel.mesh import Axis, Mesh
+from ..parallel.sharding import init_parameters, replicated, set_pieces
+from ..parallel.tensor_parallel import (
+    ColumnParallelLinear,
+    ParallelHead,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    vocab_parallel_cross_entropy,
+)
+from .config import ModelConfig
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over D. Under sequence parallelism each rank sees its rows only, so gradients are partial sums."""
+
+    def __init__(self, cfg: ModelConfig, tp: Axis, dtype: torch.dtype):
+        super().__init__()
+        self.tp, self.eps, D = tp, cfg.layernorm_epsilon, cfg.hidden_size
+        self.weight = nn.Parameter(torch.ones(D, dtype=dtype))
+        set_pieces(self.weight, replicated((D,), tp, cfg.sequence_parallel), fill=1.0)
+        self.bias = None
+        if cfg.normalization == "layernorm":
+            self.bias = nn.Parameter(torch.zeros(D, dtype=dtype))
+            set_pieces(self.bias, replicated((D,), tp, cfg.sequence_parallel))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps) if self.bias is None else layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """h = x + residual -> (h, norm(h))"""
+        if self.bias is None:
+            return add_rms_norm(x, residual, self.weight, self.eps)
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+    def reduce_add(self, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """h = reduce_scatter(partial) + residual -> (h, norm(h))"""
+        return rs_residual_norm(partial, residual, self.weight, self.eps, self.tp.group, bias=self.bias)
+
+
+class Dropout(nn.Module):
+    """Drops the same elements whatever the layout: the mask depends on the element's place in the global batch.
+
+    x [S/t, B, D] of the samples first_sample .. + B, or attention probabilities [B, H/t, S, S]."""
+
+    def __init__(self, p: float, name: str, seed: int):
+        super().__init__()
+        self.p = p
+        self.seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+    def forward(self, x: Tensor, base: int, strides: tuple[int, ...]) -> Tensor:
+        return dropout(x, self.p, self.seed, base=base, strides=strides) if self.p and self.training else x
+
+
+class Attention(nn.Module):
+    """Causal self-attention over this rank's heads: y [S/t, B, D] -> [S/t, B, D], summed over tp."""
+
+    def __init__(self, cfg: ModelConfig, tp: Axis, name: str, seed: int, dtype: torch.dtype):
+        super().__init__()
+        self.cfg, self.tp, self.Dh = cfg, tp, cfg.head_dim
+        H, G = cfg.num_attention_heads, cfg.query_groups
+        self.qkv_proj = ColumnParallelLinear(
+            cfg.hidden_size, tp=tp, bias=cfg.add_bias_linear, sequence_parallel=cfg.sequence_parallel, dtype=dtype,
+            parts={"q_proj": (H * self.Dh, H), "k_proj": (G * self.Dh, G), "v_proj": (G * self.Dh, G)}, init_std=cfg.init_method_std)
+        self.o_proj = RowParallelLinear(H * self.Dh, cfg.hidden_size, tp=tp, bias=cfg.add_bias_linear, dtype=dtype,
+                                        sequence_parallel=cfg.sequence_parallel, init_std=_output_std(cfg))
+        self.dropout = Dropout(cfg.attention_dropout, f"{name}.attention_dropout", seed)
+
+    def heads(self, y: Tensor, tables: tuple[Tensor, Tensor] | None, first_sample: int) -> Tensor:
+        """Everything before the output projection: [S/t, B, D] -> [S, B, H/t * Dh]"""
+        qkv = self.qkv_proj(y)                                        # [S, B, (H + 2 Hkv)/t * Dh]
+        S, B, _ = qkv.shape
+        q, k, v = (x.view(S, B, -1, self.Dh) for x in qkv.split(self.qkv_proj.sizes, -1))
+        if tables is not None:
+            q, k = rope(q, *tables), rope(k, *tables)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))          # [B, heads, S, Dh]
+        if k.shape[1] != q.shape[1]:                                  # torch's CPU flash kernel wants as many: GQA
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        if self.training and self.cfg.attention_dropout:
+            o = self._with_dropout(q, k, v, first_sample)
+        else:
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return o.permute(2, 0, 1, 3).reshape(S, B, -1)
+
+    def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, first_sample: int) -> Tensor:
+        """torch's attention draws its own mask, which depends on the layout: ours is applied to the explicit probabilities."""
+        (_, Hl, S, _), H = q.shape, self.cfg.num_attention_heads
+        mask = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
+        p = ((q @ k.transpose(-1, -2)) * self.Dh**-0.5).masked_fill(~mask, float("-inf")).softmax(-1)
+        base = first_sample * H * S * S + self.tp.rank * Hl * S * S
+        return self.dropout(p, base, (H * S * S, S * S, S, 1)) @ v
+
+
+class MLP(nn.Module):
+    """SwiGLU (gate and up fused into one product) or GELU: [S/t, B, D] -> [S/t, B, D], summed over tp."""
+
+    def __init__(self, cfg: ModelConfig, tp: Axis, dtype: torch.dtype):
+        super().__init__()
+        D, ffn = cfg.hidden_size, cfg.ffn_size
+        parts = {"gate_proj": (ffn, ffn), "up_proj": (ffn, ffn)} if cfg.activation == "swiglu" else {"up_proj": (ffn, ffn)}
+        self.activation = swiglu if cfg.activation == "swiglu" else F.gelu
+        self.up = ColumnParallelLinear(D, tp=tp, parts=parts, bias=cfg.add_bias_linear, dtype=dtype, init_std=cfg.init_method_std,
+                                       sequence_parallel=cfg.sequence_parallel)
+        self.down_proj = RowParallelLinear(ffn, D, tp=tp, bias=cfg.add_bias_linear, dtype=dtype, init_std=_output_std(cfg),
+                                           sequence_parallel=cfg.sequence_parallel)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up(y)))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig, tp: Axis, layer: int, seed: int, dtype: torch.dtype):
+        super().__init__()
+        name = f"layers.{layer}"
+        self.cfg, self.tp = cfg, tp
+        self.input_layernorm, self.post_attention_layernorm = Norm(cfg, tp, dtype), Norm(cfg, tp, dtype)
+        self.self_attn, self.mlp = Attention(cfg, tp, name, seed, dtype), MLP(cfg, tp, dtype)
+        self.attn_dropout = Dropout(cfg.hidden_dropout, f"{name}.self_attn.dropout", seed)
+        self.mlp_dropout = Dropout(cfg.hidden_dropout, f"{name}.mlp.dropout", seed)
+        # Only where nothing stands between the sum over ranks and the residual can one op do both.
+        self.fused = cfg.sequence_parallel and tp.size > 1 and not cfg.add_bias_linear and not cfg.hidden_dropout
+
+    def forward(self, h: Tensor, tables: tuple[Tensor, Tensor] | None, first_sample: int) -> Tensor:   # [S/t, B, D]
+        o = self.self_attn.heads(self.input_layernorm(h), tables, first_sample)
+        proj, norm = self.self_attn.o_proj, self.post_attention_layernorm
+        place = hidden_place(self.cfg, self.tp, first_sample)
+        if self.fused:
+            h, y = norm.reduce_add(proj.partial(o), h)
+        else:
+            h, y = norm.add(self.attn_dropout(proj(o), *place), h)
+        return h + self.mlp_dropout(self.mlp(y), *place)
+
+
+class GPT(nn.Module):
+    """The model. Args: cfg; mesh (default: one process); vocab_size: real size of the vocabulary; seed of weights and dropout.
+
+    Forward: ids, labels [B, S] int64 -> mean loss (0-d, fp32 or fp64). first_sample: place of the batch in the global order
+    of samples, which dropout masks depend on.
+    """
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh | None = None, *, vocab_size: int, seed: int = 0,
+                 dtype: torch.dtype = torch.float32):
+        super().__init__()
+        tp = (mesh or Mesh()).tp
+        self.cfg, self.tp, self.vocab_size = cfg, tp, vocab_size
+        self.embed_tokens = VocabParallelEmbedding(
+            vocab_size, cfg.hidden_size, tp=tp, rows=padded_vocab(cfg, vocab_size, tp.size) // tp.size, dtype=dtype,
+            sequence_parallel=cfg.sequence_parallel, init_std=cfg.init_method_std)
+        self.position_embeddings = None
+        if cfg.position_embedding_type == "learned_absolute":
+            table = torch.empty(cfg.seq_length, cfg.hidden_size, dtype=dtype)
+            self.position_embeddings = nn.Parameter(table)            # [S, D] on every rank
+            set_pieces(self.position_embeddings, replicated(tuple(table.shape), tp, cfg.sequence_parallel), std=cfg.init_method_std)
+        self.dropout = Dropout(cfg.hidden_dropout, "embed_tokens.dropout", seed)
+        self.layers = nn.ModuleList(Block(cfg, tp, i, seed, dtype) for i in range(cfg.num_layers))
+        self.norm = Norm(cfg, tp, dtype)
+        self.lm_head = ParallelHead(self.embed_tokens, tied=cfg.share_embeddings_and_output_weights, init_std=cfg.init_method_std)
+        init_parameters(self, seed)
+
+    def hidden(self, ids: Tensor, first_sample: int = 0) -> Tensor:
+        """ids [B, S] -> the normalised output of the last layer, [S/t, B, D]"""
+        cfg, S = self.cfg, ids.shape[1]
+        if cfg.seq_length < S and self.position_embeddings is not None:
+            raise ValueError(f"GPT: at most {cfg.seq_length} positions were learned, got a sequence of {S}; shorten it")
+        h = self.embed_tokens(ids.t())                                # [S/t, B, D]
+        if self.position_embeddings is not None:
+            at = self.tp.rank * h.shape[0] if cfg.sequence_parallel else 0
+            h = h + self.position_embeddings[at:at + h.shape[0]].unsqueeze(1)
+        h = self.dropout(h, *hidden_place(cfg, self.tp, first_sample))
+        tables = None
+        if cfg.position_embedding_type == "rope":
+            dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+            tables = rope_tables(torch.arange(S, device=h.device), cfg.head_dim, cfg.rotary_base, dtype, h.device)
+        for layer in self.layers:
+            if cfg.recompute_granularity == "full" and self.training:
+                h = checkpoint(layer, h, tables, first_sample, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = layer(h, tables, first_sample)
+        return self.norm(h)
+
+    def forward(self, ids: Tensor, labels: Tensor, first_sample: int = 0) -> Tensor:
+        logits = self.lm_head(self.hidden(ids, first_sample))         # [S, B, V/t]
+        return vocab_parallel_cross_entropy(logits, labels.t(), self.tp, num_embeddings=self.vocab_size).mean()
+
+
+def hidden_place(cfg: ModelConfig, tp: Axis, first_sample: int) -> tuple[int, tuple[int, int, int]]:
+    """Where element (0, 0, 0) of h [S/t, B, D] stands in the global [samples, S, D], and the strides from there."""
+    S, D = cfg.seq_length, cfg.hidden_size
+    first = tp.rank * (S // tp.size) if cfg.sequence_parallel else 0
+    return (first_sample * S + first) * D, (D, S * D, 1)
+
+
+def padded_vocab(cfg: ModelConfig, vocab_size: int, tp: int) -> int:
+    """The rows of the embedding over all ranks: vocab_size up to a multiple of make_vocab_size_divisible_by * tp."""
+    unit = cfg.make_vocab_size_divisible_by * tp
+    return -(-vocab_size // unit) * unit
+
+
+def _output_std(cfg: ModelConfig) -> float:
+    """Projections back into the residual stream start smaller, by sqrt(2 L) (GPT-2)."""
+    return cfg.init_method_std / (2 * cfg.num_layers) ** 0.5
+
+
+__all__ = ["GPT", "MLP", "Attention", "Block", "Dropout", "Norm", "hidden_place", "padded_vocab"]

@@ -1,0 +1,169 @@
+"""The training loop: micro-batches -> loss -> gradients -> optimizer, the same code for one rank and for many.
+
+    step s reads samples (s-1) * global_batch_size ... s * global_batch_size of the endless order, in micro-batches;
+    loss and gradient are means over the step's tokens, so micro_batch_size changes speed and memory, not the result
+"""
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..parallel.errors import RunError, UserError
+from ..parallel.layout import Layout
+from ..parallel.mesh import Mesh
+from . import checkpoint
+from .config import Config, ModelConfig, to_yaml
+from .data import Dataset, build_tokens
+from .gpt import GPT
+from .metrics import MetricsLog, Progress, plot_loss
+from .optimizer import Optimizer, learning_rate
+from .tokenizer import load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
+
+
+def forward_backward(model: GPT, data: Any, samples: int, m: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
+    """Accumulate the gradients of one step that starts at sample `samples`. Returns: the mean loss (0-d)."""
+    steps = m.global_batch_size // m.micro_batch_size
+    total: Tensor | None = None
+    for i in range(steps):
+        first = samples + i * m.micro_batch_size
+        ids, labels = (torch.as_tensor(x).to(device, non_blocking=True) for x in data.batch(first, m.micro_batch_size))
+        loss = model(ids, labels, first) / steps
+        loss.backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    return total
+
+
+class Run:
+    """One training run: builds everything from the config, resumes what `out` holds, trains to max_steps."""
+
+    def __init__(self, config: Config, out: Path):
+        import torch.distributed as dist
+        many = dist.is_initialized()
+        self.config, self.out = config, out
+        self.mesh = Mesh.build(Layout.from_config(config, dist.get_world_size() if many else 1))
+        self.main = not many or dist.get_rank() == 0
+        self.device = device_of(config)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        prepare_out(out, self.main)
+        tokens = build_tokens(config.data.paths, tokenizer, out / "data", extensions=config.data.extensions, exclude=[out],
+                              rank=0 if self.main else 1, barrier=dist.barrier if many else None)
+        self.vocab_size = tokens.fit_vocab(config.model.vocab_size)
+        self.data = Dataset(tokens, config.model.seq_length, config.trainer.seed)
+        self.model = GPT(config.model, self.mesh, vocab_size=self.vocab_size, seed=config.trainer.seed,
+                         dtype=DTYPES[config.trainer.precision]).to(self.device)
+        self.optimizer = Optimizer(self.model, config.optim, self.mesh.tp)
+        self.step, self.samples = 0, 0
+        if folder := checkpoint.find(out):
+            state = checkpoint.load(folder, config, self.model, self.vocab_size, self.optimizer)
+            self.step, self.samples = state["step"], state["samples"]
+            if self.main and state["data"] != tokens.digest:
+                print(f"interlace: the text is not the one that {out} was trained on so far; going on with the new text at sample "
+                      f"{self.samples}", file=sys.stderr, flush=True)
+        self.digest = tokens.digest
+        if self.step > config.trainer.max_steps:
+            raise UserError(f"trainer.max_steps must be at least the {self.step} steps that {out} has been trained for, "
+                            f"got {config.trainer.max_steps}; raise it, or use another --out")
+
+    def train(self) -> None:
+        c, log, progress = self.config, None, None
+        if self.main:
+            (self.out / "config.yaml").write_text(to_yaml(c))
+            log, progress = MetricsLog(self.out, step=self.step), Progress(self.out, self.step, c.trainer.max_steps,
+                                                                           every=c.trainer.log_every_n_steps)
+        self.model.train()
+        tokens = c.model.global_batch_size * c.model.seq_length
+        try:
+            while self.step < c.trainer.max_steps:
+                start = time.perf_counter()
+                loss, norm, lr = self.train_step()
+                seconds = time.perf_counter() - start
+                row = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_per_second": tokens / seconds,
+                       "seconds": seconds, "samples": self.samples, "tokens": self.step * tokens}
+                if log is not None and progress is not None:
+                    if self.step % c.trainer.log_every_n_steps == 0 or self.step == c.trainer.max_steps:
+                        log.write(row)
+                    progress.update(row)
+                every = c.trainer.save_every_n_steps
+                if self.step == c.trainer.max_steps or (every and self.step % every == 0):
+                    self.save()
+        finally:
+            if log is not None and progress is not None:
+                progress.close()
+                log.close()
+        if self.main:
+            plot_loss(self.out)
+
+    def train_step(self) -> tuple[float, float, float]:
+        """One step. Returns: loss, gradient norm before the clip, learning rate. Raises: RunError when they are not finite."""
+        c = self.config
+        loss = forward_backward(self.model, self.data, self.samples, c.model, self.device).item()
+        lr = learning_rate(c.optim, self.step + 1, c.trainer.max_steps)
+        norm = self.optimizer.step(lr)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            folder = self.out / "checkpoints"
+            raise RunError(f"step {self.step + 1}: loss and gradient norm must be finite, got loss {loss} and norm {norm}; the weights "
+                           f"were not updated and the checkpoints in {folder} are untouched. Way out: a lower optim.lr (now "
+                           f"{c.optim.lr:g}), a longer optim.sched.warmup_steps (now {c.optim.sched.warmup_steps}), or fp32, then "
+                           "run the same command again to go on from the last checkpoint")
+        self.step += 1
+        self.samples += c.model.global_batch_size
+        return loss, norm, lr
+
+    def save(self) -> None:
+        try:
+            checkpoint.save(self.out, self.config, self.model, self.optimizer, self.mesh.tp, step=self.step, samples=self.samples,
+                            vocab_size=self.vocab_size, extra={"tokenizer": self.config.data.tokenizer, "data": self.digest})
+        except OSError as e:
+            raise RunError(f"step {self.step}: the checkpoint could not be written to {self.out}: {e.strerror or e}; earlier "
+                           "checkpoints are untouched. Free space, then run the same command again") from e
+
+
+def device_of(config: Config) -> torch.device:
+    """This rank's device under trainer.accelerator. Raises: UserError when CUDA is asked for and not there."""
+    import torch.distributed as dist
+    local, ranks = (dist.get_node_local_rank(fallback_rank=0), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    wanted = config.trainer.accelerator
+    if wanted == "cpu" or (wanted == "auto" and torch.cuda.device_count() < ranks):
+        return torch.device("cpu")
+    if local >= torch.cuda.device_count():
+        raise UserError(f"trainer.accelerator=cuda needs a GPU for each of the {ranks} ranks, got {torch.cuda.device_count()}; "
+                        "start fewer ranks, or set trainer.accelerator=cpu")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def prepare_out(out: Path, main: bool) -> None:
+    """Make the folder and prove it can be written. Raises: UserError."""
+    if not main:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"--out must be a folder that can be written, got {out}: {e.strerror or e}; choose another") from None
+
+
+def train(config: Config, out: str | Path) -> int:
+    """`interlace train`: train to trainer.max_steps, going on from what `out` holds. Returns the exit status."""
+    run = Run(config, Path(out))
+    if run.main and run.step == config.trainer.max_steps:
+        print(f"{out} is trained to step {run.step} already; raise trainer.max_steps to go on")
+    run.train()
+    if run.main:
+        rows = (Path(out) / "metrics.jsonl").read_text().splitlines() if (Path(out) / "metrics.jsonl").exists() else []
+        last = json.loads(rows[-1]) if rows else {}
+        print(f"step {run.step}: loss {last.get('loss', float('nan')):.4f}. In {out}: metrics.jsonl, loss.png, config.yaml, checkpoints/\n"
+              f"sample from it: interlace generate --out {out} --prompt 'def '", flush=True)
+    return 0

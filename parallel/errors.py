@@ -1,0 +1,28 @@
+"""What a user got wrong, in one message. Imports nothing: the command line reads it before torch is loaded."""
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["RunError", "UserError", "nearest", "raise_problems"]
+
+
+class UserError(ValueError):
+    """A user's mistake: one message, no traceback. `interlace` prints it and exits with 2."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice closest to `word` in spelling, or None when nothing comes close."""
+    lowered = {c.lower(): c for c in choices}
+    found = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
+    return lowered[found[0]] if found else None
+
+
+def raise_problems(what: str, problems: list[str]) -> None:
+    """Raise one UserError that holds every problem; return when there is none."""
+    if len(problems) == 1:
+        raise UserError(f"{what}: {problems[0]}")
+    if problems:
+        raise UserError("\n  - ".join([f"{what}: {len(problems)} problems", *problems]))
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, in one message without a traceback. `interlace` prints it and exits with 1."""

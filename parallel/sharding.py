@@ -1,0 +1,131 @@
+"""Which blocks of which global tensors stand in a local parameter. The one description that initial weights, gradient
+reductions, the clip norm, checkpoints and `verify` all read.
+
+    fused q, k, v of one rank, 2 query heads and 1 key / value head each:
+
+        local  [q0 q1 | k0 | v0]      pieces  q_proj[0:2Dh] at 0,  k_proj[0:Dh] at 2Dh,  v_proj[0:Dh] at 3Dh
+
+A piece held by several ranks says so (`copies`), and whether their gradients are equal or parts of a sum (`partial`).
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.comm import all_reduce
+from .mesh import Axis
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows (or columns: `dim`) start .. start + length of a global tensor, at position `at` of the local parameter."""
+    name: str                                                         # last part of the module's name, or "" to keep it
+    shape: tuple[int, ...]                                            # of the global tensor
+    dim: int = 0
+    start: int = 0
+    length: int = 0
+    at: int = 0
+    copies: int = 1                                                   # tp ranks that hold this same block
+    partial: bool = False                                             # their gradients are to be summed
+
+    def local(self, t: Tensor) -> Tensor:
+        """The view of this piece in a tensor shaped like the local parameter."""
+        return t.narrow(self.dim, self.at, self.length) if t.dim() else t
+
+    def of(self, full: Tensor) -> Tensor:
+        """The view of this piece in the global tensor."""
+        return full.narrow(self.dim, self.start, self.length) if full.dim() else full
+
+
+def split(name: str, shape: tuple[int, ...], dim: int, tp: Axis, at: int = 0) -> Piece:
+    """An even split of `dim` over tp. Raises: ValueError when it does not divide."""
+    if shape[dim] % tp.size:
+        raise ValueError(f"{name or 'weight'}: dim {dim} of {list(shape)} must be divisible by {tp.name}={tp.size}, "
+                         f"got {shape[dim]}; use another size, or fewer ranks")
+    n = shape[dim] // tp.size
+    return Piece(name, shape, dim, tp.rank * n, n, at)
+
+
+def padded(name: str, shape: tuple[int, ...], tp: Axis, rows: int) -> Piece:
+    """`rows` rows of dim 0 a rank; the last ranks may hold fewer real ones (the rest is padding), or none."""
+    start = min(tp.rank * rows, shape[0])
+    return Piece(name, shape, 0, start, min(rows, shape[0] - start), 0)
+
+
+def replicated(shape: tuple[int, ...], tp: Axis, partial: bool) -> Piece:
+    return Piece("", shape, 0, 0, shape[0], 0, tp.size, partial and tp.size > 1)
+
+
+def set_pieces(param: nn.Parameter, *pieces: Piece, std: float | None = None, fill: float = 0.0) -> None:
+    """Describe a parameter: its pieces, and its initial value (normal of `std`, or the constant `fill`)."""
+    param.pieces, param.init_std, param.init_fill = pieces, std, fill  # type: ignore[attr-defined]
+
+
+def named_pieces(model: nn.Module) -> Iterator[tuple[str, Piece, nn.Parameter]]:
+    """(global name, piece, local parameter), each parameter once: a tied weight under its first name."""
+    for name, param in model.named_parameters():
+        *path, leaf = name.split(".")
+        for piece in pieces_of(param):
+            yield ".".join([*path[:-1], piece.name, leaf] if piece.name else [*path, leaf]), piece, param
+
+
+def pieces_of(param: Tensor) -> tuple[Piece, ...]:
+    """A parameter's pieces; a plain torch parameter is whole on every rank."""
+    return getattr(param, "pieces", (Piece("", tuple(param.shape), 0, 0, param.shape[0] if param.dim() else 1),))
+
+
+@torch.no_grad()
+def init_parameters(model: nn.Module, seed: int) -> None:
+    """Initial weights from the seed and each tensor's global name: the same numbers for every layout and dtype."""
+    for name, piece, param in named_pieces(model):
+        local = piece.local(param)
+        if (std := getattr(param, "init_std", None)) is None:
+            local.fill_(getattr(param, "init_fill", 0.0))
+            continue
+        key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+        full = torch.empty(piece.shape, dtype=torch.float32).normal_(0.0, std, generator=torch.Generator().manual_seed(key))
+        local.copy_(piece.of(full))
+
+
+def whole(piece: Piece) -> Piece:
+    """The one-process twin of a piece, to compare and to test."""
+    return replace(piece, start=0, length=piece.shape[piece.dim], at=0, copies=1, partial=False)
+
+
+@torch.no_grad()
+def reduce_partial_grads(model: nn.Module, tp: Axis, grad_of=lambda p: p.grad) -> None:
+    """Sum the gradients that tp ranks hold in parts (norms, biases under sequence parallelism; replicated key / value heads).
+
+    One all-reduce for all of them: each piece stands at its own place in a buffer of distinct pieces, zero elsewhere."""
+    todo = [(piece, grad) for _, piece, p in named_pieces(model) if piece.partial and (grad := grad_of(p)) is not None]
+    if tp.size == 1 or not todo:
+        return
+    views, sizes = [piece.local(g) for piece, g in todo], [tp.size // piece.copies * piece.length for piece, _ in todo]
+    rest = [v.numel() // max(1, p.length) for v, (p, _) in zip(views, todo)]
+    flat = views[0].new_zeros(sum(n * r for n, r in zip(sizes, rest)))
+    at, places = 0, []
+    for (piece, _), view, n, r in zip(todo, views, sizes, rest):
+        mine = at + tp.rank // piece.copies * view.numel()            # copies are neighbours: rank // copies names the block
+        places.append(slice(mine, mine + view.numel()))
+        flat[places[-1]] = view.reshape(-1)
+        at += n * r
+    flat = all_reduce(flat, tp.group)
+    for view, place in zip(views, places):
+        view.copy_(flat[place].view_as(view))
+
+
+@torch.no_grad()
+def grad_norm(model: nn.Module, tp: Axis, grad_of=lambda p: p.grad) -> Tensor:
+    """The 2-norm of the whole model's gradient, every parameter counted once, summed in fp64 (0-d, fp64).
+
+    torch's fp32 norm on a CPU is off by up to 3e-4 on large tensors."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for _, piece, param in named_pieces(model):
+        if (grad := grad_of(param)) is not None and piece.length:
+            part = torch.linalg.vector_norm(piece.local(grad), dtype=torch.float64).square() / piece.copies
+            total = total.to(part.device) + part
+    return (all_reduce(total, tp.group) if tp.size > 1 else total).sqrt()[0]

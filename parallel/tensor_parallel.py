@@ -1,0 +1,159 @@
+"""Column- and row-parallel linear, vocabulary-parallel embedding and cross entropy (arXiv:1909.08053).   t = tp.size
+
+    column  A = [A_1 | ... | A_t]     Y_i = X A_i          fwd no comm  (sp: all-gather X)          bwd all-reduce dX  (sp: reduce-scatter)
+    row     A = [A_1 ; ... ; A_t]     Y = sum_i X_i A_i    fwd all-reduce Y  (sp: reduce-scatter)   bwd no comm  (sp: all-gather dY)
+
+Shapes  column: x [S, B, D_in] (sp: [S/t, B, D_in]) -> [S, B, D_out/t], weight [D_out/t, D_in]
+        row:    x [S, B, D_in/t] -> [S, B, D_out] (sp: [S/t, B, D_out]), weight [D_out, D_in/t]
+Comm    a rank moves 2 (t-1)/t * S B D * itemsize for an all-reduce, half of it for an all-gather or a reduce-scatter; with sp an
+        all-reduce becomes one of each: the same bytes, 1/t of the activations between layers
+On a one-rank axis each layer is its own dense reference.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import cross_entropy
+from ..kernels.comm import ag_gemm, copy_gemm, gemm_ar, gemm_rs
+from .collectives import reduce_from, reduce_scatter_to, stack_from
+from .mesh import Axis
+from .sharding import Piece, init_parameters, padded, pieces_of, replicated, set_pieces, split
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x @ weight.T + bias, the output features split over tp.
+
+    Args:
+        in_features, out_features: of the whole layer. tp: the axis.
+        parts: several layers of one input fused into one product: {name: (features, heads)}, in place of out_features.
+            Whole heads go to each rank; a part with fewer heads than ranks is replicated evenly (key / value heads, GQA).
+        sequence_parallel: x is this rank's part of the sequence (dim 0), gathered before the product.
+    Raises: ValueError when the features do not divide over tp.
+    """
+
+    def __init__(self, in_features: int, out_features: int = 0, *, tp: Axis, bias: bool = False, sequence_parallel: bool = False,
+                 parts: dict[str, tuple[int, int]] | None = None, init_std: float = 0.02, dtype: torch.dtype | None = None,
+                 device: torch.device | str | None = None):
+        super().__init__()
+        self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        pieces, at = [], 0
+        for name, (features, heads) in (parts or {"": (out_features, out_features)}).items():
+            pieces.append(head_piece(name, (features, in_features), heads, tp, at))
+            at += pieces[-1].length
+        self.weight = nn.Parameter(torch.empty(at, in_features, dtype=dtype, device=device))        # [D_out/t, D_in]
+        set_pieces(self.weight, *pieces, std=init_std)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(at, dtype=dtype, device=device))                   # [D_out/t]
+            set_pieces(self.bias, *(Piece(p.name, p.shape[:1], 0, p.start, p.length, p.at, p.copies, p.partial) for p in pieces))
+        self.sizes = [p.length for p in pieces]
+        init_parameters(self, seed=0)
+
+    def forward(self, x: Tensor) -> Tensor:                           # [S(/t), B, D_in] -> [S, B, D_out/t]
+        y = (ag_gemm if self.sequence_parallel else copy_gemm)(x, self.weight, self.tp.group)
+        return y if self.bias is None else y + self.bias
+
+
+class RowParallelLinear(nn.Module):
+    """y = x @ weight.T + bias, the input features split over tp; the bias is added once, after the sum.
+
+    Args: as ColumnParallelLinear; with sequence_parallel the output is this rank's part of the sequence.
+    Raises: ValueError when in_features does not divide over tp.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, tp: Axis, bias: bool = False, sequence_parallel: bool = False,
+                 init_std: float = 0.02, dtype: torch.dtype | None = None, device: torch.device | str | None = None):
+        super().__init__()
+        self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        piece = split("", (out_features, in_features), 1, tp)
+        self.weight = nn.Parameter(torch.empty(out_features, piece.length, dtype=dtype, device=device))   # [D_out, D_in/t]
+        set_pieces(self.weight, piece, std=init_std)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device))               # [D_out]
+            set_pieces(self.bias, replicated((out_features,), tp, partial=self.sequence_parallel))
+        init_parameters(self, seed=0)
+
+    def forward(self, x: Tensor) -> Tensor:                           # [S, B, D_in/t] -> [S(/t), B, D_out]
+        y = (gemm_rs if self.sequence_parallel else gemm_ar)(x, self.weight, self.tp.group)
+        return y if self.bias is None else y + self.bias
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's term of the sum, bias left out, for an op that reduces: [S, B, D_in/t] -> [S, B, D_out]."""
+        return copy_gemm(x, self.weight, None)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of the table split over tp: a rank looks up the ids it holds, the sum over ranks completes them.
+
+    Args: num_embeddings of the whole table; rows: rows a rank holds (default: split evenly, rounded up), padding included.
+    Shapes: ids [S, B] -> [S, B, D] (sp: [S/t, B, D]). weight [rows, D].
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, tp: Axis, rows: int | None = None, sequence_parallel: bool = False,
+                 init_std: float = 0.02, dtype: torch.dtype | None = None, device: torch.device | str | None = None):
+        super().__init__()
+        self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        rows = rows or -(-num_embeddings // tp.size)
+        if rows * tp.size < num_embeddings:
+            raise ValueError(f"VocabParallelEmbedding: rows * {tp.name} must cover the {num_embeddings} embeddings, "
+                             f"got {rows} * {tp.size}; use rows >= {-(-num_embeddings // tp.size)}")
+        self.first, self.num_embeddings = tp.rank * rows, num_embeddings
+        self.weight = nn.Parameter(torch.zeros(rows, embedding_dim, dtype=dtype, device=device))         # [V/t, D]
+        set_pieces(self.weight, padded("", (num_embeddings, embedding_dim), tp, rows), std=init_std)
+        init_parameters(self, seed=0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.first
+        here = (local >= 0) & (local < self.weight.shape[0])
+        y = F.embedding(local.where(here, 0), self.weight) * here.unsqueeze(-1)
+        return (reduce_scatter_to if self.sequence_parallel else reduce_from)(y, self.tp)
+
+
+class ParallelHead(nn.Module):
+    """Logits of this rank's part of the vocabulary: x [S(/t), B, D] -> [S, B, V/t]. The weight may be the embedding's (tied)."""
+
+    def __init__(self, embedding: VocabParallelEmbedding, *, tied: bool, init_std: float = 0.02):
+        super().__init__()
+        self.tp, self.sequence_parallel = embedding.tp, embedding.sequence_parallel
+        self.weight = embedding.weight
+        if not tied:
+            self.weight = nn.Parameter(torch.zeros_like(embedding.weight))
+            set_pieces(self.weight, *pieces_of(embedding.weight), std=init_std)
+            init_parameters(self, seed=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (ag_gemm if self.sequence_parallel else copy_gemm)(x, self.weight, self.tp.group)
+
+
+def head_piece(name: str, shape: tuple[int, ...], heads: int, tp: Axis, at: int) -> Piece:
+    """Rows of whole heads for this rank: heads / t of them, or one of them on t / heads neighbouring ranks."""
+    if heads % tp.size == 0:
+        return split(name, shape, 0, tp, at)
+    if tp.size % heads:
+        raise ValueError(f"{name or 'ColumnParallelLinear'}: the {heads} heads (or features) must be a multiple or a divisor of "
+                         f"{tp.name}={tp.size}; use another number of ranks")
+    copies, rows = tp.size // heads, shape[0] // heads
+    return Piece(name, shape, 0, tp.rank // copies * rows, rows, at, copies, copies > 1)
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, tp: Axis, *, num_embeddings: int | None = None,
+                                 ignore_index: int = -100) -> Tensor:
+    """Cross entropy of logits split over the vocabulary, which are never gathered: one all-gather of 3 numbers a row.
+
+    Args: logits [..., V/t] of this rank; targets [...] global ids; num_embeddings: real size of the vocabulary, padding past
+    it is masked (default: all columns). Returns: loss [...] in fp32 (fp64 for fp64), 0 where targets == ignore_index.
+    """
+    V = logits.shape[-1]
+    first = tp.rank * V
+    valid = max(0, min(V, (num_embeddings if num_embeddings is not None else V * tp.size) - first))
+    gather = None if tp.size == 1 else (lambda stats: stack_from(stats, tp))
+    loss = cross_entropy(logits.reshape(-1, V), targets.reshape(-1), first=first, valid=valid, gather=gather, ignore_index=ignore_index)
+    return loss.view(targets.shape)
+
+
+__all__ = ["ColumnParallelLinear", "ParallelHead", "RowParallelLinear", "VocabParallelEmbedding", "vocab_parallel_cross_entropy"]

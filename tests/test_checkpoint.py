@@ -1,0 +1,145 @@
+"""Checkpoints: any layout loads any other's, bit for bit; damage and strangers are refused by name; a save is all or nothing."""
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from ranks import run
+from safetensors.torch import load_file
+from test_equal import config, mesh_of
+
+from interlace.models import checkpoint
+from interlace.models.gpt import GPT
+from interlace.models.optimizer import Optimizer
+from interlace.models.train import forward_backward
+from interlace.models.verify import RandomTokens
+from interlace.parallel.errors import UserError
+from interlace.parallel.mesh import Mesh
+from interlace.parallel.sharding import named_pieces
+
+GQA = {"num_query_groups": 2, "add_bias_linear": True, "vocab_size": 41, "normalization": "layernorm"}
+
+
+def build(cfg, mesh, seed=1):
+    model = GPT(cfg.model, mesh, vocab_size=cfg.model.vocab_size, seed=seed, dtype=torch.float64)
+    return model, Optimizer(model, cfg.optim, mesh.tp)
+
+
+def steps(cfg, model, opt, first, last):
+    data = RandomTokens(cfg.model.vocab_size, cfg.model.seq_length, 9)
+    size = cfg.model.global_batch_size
+    return [(forward_backward(model, data, s * size, cfg.model).item(), opt.step(0.01))[0] for s in range(first, last)]
+
+
+def _save(rank, world, out, sp):
+    cfg = config(GQA, world, sp)
+    mesh = mesh_of(cfg, world)
+    model, opt = build(cfg, mesh)
+    losses = steps(cfg, model, opt, 0, 3)
+    checkpoint.save(out, cfg, model, opt, mesh.tp, step=3, samples=12, vocab_size=41)
+    after = steps(cfg, model, opt, 3, 5)
+    if rank == 0:
+        (out / "losses.json").write_text(json.dumps(losses + after))
+
+
+def _load_and_go_on(rank, world, out, sp):
+    cfg = config(GQA, world, sp)
+    mesh = mesh_of(cfg, world)
+    model, opt = build(cfg, mesh, seed=2)                             # other weights, to be overwritten
+    state = checkpoint.load(checkpoint.find(out), cfg, model, 41, opt)
+    assert (state["step"], state["samples"]) == (3, 12)
+    whole = load_file(checkpoint.find(out) / "model.safetensors")
+    for name, piece, p in named_pieces(model):
+        assert torch.equal(piece.local(p), piece.of(whole.pop(name))), name
+    assert not whole, "tensors nobody read"
+    want = json.loads((out / "losses.json").read_text())[3:]
+    for got, w in zip(steps(cfg, model, opt, 3, 5), want):
+        assert abs(got - w) <= 1e-12 * abs(w), "training goes on differently"
+
+
+@pytest.mark.parametrize("save, load", [((1, False), (2, True)), ((2, True), (4, False)), ((4, True), (1, False)), ((4, False), (2, True))],
+                         ids=str)
+def test_any_layout_loads_any_other(save, load, tmp_path):
+    run(save[0], _save, save[0], tmp_path, save[1])
+    run(load[0], _load_and_go_on, load[0], tmp_path, load[1])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    cfg = config(GQA)
+    model, opt = build(cfg, Mesh())
+    steps(cfg, model, opt, 0, 1)
+    for step in (1, 2):
+        checkpoint.save(tmp_path, cfg, model, opt, Mesh().tp, step=step, samples=4 * step, vocab_size=41)
+    return tmp_path, cfg, model, opt
+
+
+def test_names_are_global_and_files_are_safetensors(saved):
+    out, *_ = saved
+    folder = checkpoint.find(out)
+    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["layers.1.self_attn.k_proj.weight"].shape == (16, 32) and tensors["embed_tokens.weight"].shape == (41, 32)
+    assert tensors["layers.0.mlp.gate_proj.bias"].shape == (64,)
+    assert set(load_file(folder / "optimizer.safetensors")) == {f"{k}.{n}" for k in ("exp_avg", "exp_avg_sq") for n in tensors}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_damage_is_named(saved, name, harm):
+    out, cfg, model, opt = saved
+    path = checkpoint.find(out) / name
+    data = bytearray(path.read_bytes())
+    if harm == "remove":
+        path.unlink()
+    else:
+        data[-5] ^= 1
+        path.write_bytes(data if harm == "flip" else data[:-100])
+    with pytest.raises(UserError, match=f"{name} is missing or damaged"):
+        checkpoint.load(checkpoint.find(out), cfg, model, 41, opt)
+
+
+def test_other_model_is_refused_word_by_word(saved):
+    out, _, _, _ = saved
+    cfg = config({**GQA, "num_layers": 3, "ffn_hidden_size": 32})
+    model, opt = build(cfg, Mesh())
+    with pytest.raises(UserError, match=r"ffn_size is 64 there and 32 here; num_layers is 2 there and 3 here"):
+        checkpoint.load(checkpoint.find(out), cfg, model, 41, opt)
+
+
+def test_other_precision_is_refused(saved):
+    out, cfg, model, opt = saved
+    other = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, precision="bf16"))
+    with pytest.raises(UserError, match=r"trained in fp32, got trainer\.precision=bf16"):
+        checkpoint.load(checkpoint.find(out), other, model, 41, opt)
+
+
+def test_latest_must_name_a_complete_one(saved):
+    out, *_ = saved
+    (checkpoint.find(out) / "state.json").unlink()
+    with pytest.raises(UserError, match="not complete"):
+        checkpoint.find(out)
+    (out / "checkpoints" / "latest").write_text("../../etc")
+    with pytest.raises(UserError, match="not complete"):
+        checkpoint.find(out)
+    shutil.rmtree(out / "checkpoints")
+    assert checkpoint.find(out) is None
+
+
+def test_a_failed_save_leaves_the_last_one(saved, monkeypatch):
+    out, cfg, model, opt = saved
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(out, cfg, model, opt, Mesh().tp, step=3, samples=12, vocab_size=41)
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-00000001", "step-00000002", "latest"}
+    assert checkpoint.load(checkpoint.find(out), cfg, model, 41, opt)["step"] == 2
+
+
+def test_old_ones_go(saved):
+    out, cfg, model, opt = saved
+    for step in (3, 4, 5):
+        checkpoint.save(out, cfg, model, opt, Mesh().tp, step=step, samples=0, vocab_size=41)
+    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == [f"step-{s:08d}" for s in (3, 4, 5)]

@@ -1,0 +1,147 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from interlace.models import config as module
+from interlace.models.config import Config, ModelConfig, OptimConfig, TrainerConfig, load_config, to_dict, to_yaml
+from interlace.parallel.errors import UserError
+
+
+def test_defaults_need_no_file():
+    assert load_config() == Config()
+    assert Config().model.ffn_size == 704 and ModelConfig(activation="gelu").ffn_size == 1024
+    assert Config().model.query_groups == 8 and Config().model.head_dim == 32 and Config().decay_steps == 200
+    hash(Config())
+
+
+def test_yaml_then_overrides(tmp_path):
+    path = tmp_path / "gpt.yaml"
+    path.write_text("model:\n  num_layers: 6\n  tp: 4\noptim:\n  lr: 3e-4\n  sched:\n    decay: linear\ntrainer:\n")
+    config = load_config(str(path), ["model.tensor_model_parallel_size=2", "optim.sched.warmup_steps=5"])
+    assert (config.model.num_layers, config.model.tensor_model_parallel_size) == (6, 2)
+    assert (config.optim.lr, config.optim.sched.decay, config.optim.sched.warmup_steps) == (3e-4, "linear", 5)
+
+
+@pytest.mark.parametrize("text, key, value", [
+    ("tp=2", "tensor_model_parallel_size", 2), ("model.tp=2", "tensor_model_parallel_size", 2),
+    ("pp=2", "pipeline_model_parallel_size", 2), ("vpp=2", "virtual_pipeline_model_parallel_size", 2),
+    ("model.sp=true", "sequence_parallel", True), ("ep=3", "expert_model_parallel_size", 3),
+    ("model.num_query_groups=None", "num_query_groups", None),
+    ("model.num_query_groups=null", "num_query_groups", None),
+    ("model.seq_length=1e3", "seq_length", 1000)])
+def test_spellings_of_keys(text, key, value):
+    assert getattr(load_config(None, [text]).model, key) == value
+
+
+@pytest.mark.parametrize("spelling, word", [
+    ("32", "fp32"), ("bf16-mixed", "bf16"), ("64", "float64"), ("fp64", "float64")])
+def test_spellings_of_precision(spelling, word):
+    assert load_config(None, [f"trainer.precision={spelling}"]).trainer.precision == word
+    assert TrainerConfig(precision=spelling).precision == word
+    assert TrainerConfig(precision=32).precision == "fp32"
+
+
+def test_lists():
+    config = load_config(None, ["data.paths=[a, b c]", "optim.betas=[0.8, 0.9]", "data.extensions=.py"])
+    assert config.data.paths == ("a", "b c") and config.optim.betas == (0.8, 0.9) and config.data.extensions == (".py",)
+
+
+@pytest.mark.parametrize("override, wanted", [
+    ("model.num_layer=3", "did you mean model.num_layers"),
+    ("model.lr=3", "did you mean optim.lr"),                          # the right word in the wrong section
+    ("max_steps=3", "did you mean trainer.max_steps"),
+    ("model.sequence_parallelism=true", "did you mean model.sequence_parallel"),
+    ("optim.sched.warmup=3", "did you mean optim.sched.warmup_steps"),
+    ("model.zzz=3", "section model has: num_layers"),
+    ("zzz=3", "sections are model, optim"),
+    ("model.num_layers=2.5", "must be a whole number, got 2.5"),
+    ("model.num_layers=two", "must be a whole number, got 'two'"),
+    ("model.num_layers=true", "must be a whole number, got True"),
+    ("model.num_layers=0", "must be >= 1, got 0"),
+    ("model.hidden_dropout=1", "must be >= 0 and < 1, got 1.0"),
+    ("model.sequence_parallel=yep", "must be true or false, got 'yep'"),
+    ("model.activation=gelo", "one of swiglu, gelu, got 'gelo'; did you mean gelu"),
+    ("model=3", "model is a section"),
+    ("optim.betas=[0.9]", "must be a list of 2 numbers"),
+    ("optim.lr=nan", "must be a finite number"),
+    ("optim.lr=1e-5", "set optim.min_lr=1e-06"),
+    ("num_layers", "must be key=value"),
+    ("model.num_layers=[1", "must be YAML")])
+def test_mistakes_name_the_way_out(override, wanted):
+    with pytest.raises(UserError) as e:
+        load_config(None, [override])
+    assert wanted in str(e.value), str(e.value)
+
+
+def test_all_mistakes_at_once():
+    with pytest.raises(UserError) as e:
+        load_config(None, ["model.num_layer=3", "model.tp=0", "trainer.precision=fp8", "optim.lr=x"])
+    assert "4 problems" in str(e.value) and str(e.value).count("\n  - ") == 4
+
+
+def test_python_made_configs_are_checked_too():
+    with pytest.raises(UserError, match=r"2 problems(.|\n)*model.num_layers must be >= 1(.|\n)*swiglu, gelu"):
+        ModelConfig(num_layers=0, activation="relu")
+    with pytest.raises(UserError, match="model must be ModelConfig"):
+        Config(model={"num_layers": 2})
+    with pytest.raises(UserError, match=r"min_lr must be <= optim\.lr"):
+        dataclasses.replace(OptimConfig(), lr=1e-6)
+
+
+@pytest.mark.parametrize("content, wanted", [
+    (b"model: [", "valid YAML"), (b"- 1\n- 2\n", "holds a list"), (b"\xff\xfe", "valid YAML"),
+    (b"model:\n  tp: 2\n  tensor_model_parallel_size: 4\n", "given twice"),
+    (b"model:\n  tp: 2\n  tp: 4\n", "valid YAML"), (b"model:\n  3: 4\n", "unknown key model.3"),
+    (b"data:\n  paths: ${nope}\n", "valid YAML"), (None, "can be read"), (b"", None)])
+def test_broken_files(tmp_path, content, wanted):
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    if wanted is None:
+        assert load_config(str(path)) == Config()
+        return
+    with pytest.raises(UserError, match=wanted):
+        load_config(str(path))
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="$", exclude_categories=["C"]), min_size=1)
+VALUES = {"model.num_layers": st.integers(1, 1 << 40), "model.activation": st.sampled_from(["swiglu", "gelu"]),
+           "model.kv_channels": st.none() | st.integers(1, 99), "model.add_bias_linear": st.booleans(),
+           "optim.lr": st.floats(1e-3, 1e9), "optim.sched.decay": st.sampled_from(["cosine", "linear", "constant"]),
+           "data.paths": st.lists(TEXT), "trainer.seed": st.integers(0, 2**32 - 1),
+           "optim.betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2)}
+
+
+@given(st.fixed_dictionaries({}, optional=VALUES))
+def test_what_is_written_reads_back(tmp_path_factory, values):
+    nested: dict = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        at = nested
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[name] = value
+    from omegaconf import OmegaConf
+    path = tmp_path_factory.mktemp("c") / "c.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(nested)), encoding="utf-8")
+    config = load_config(str(path))
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(str(path)) == config
+
+
+def test_every_key_is_in_the_yaml():
+    tree, seen = to_dict(Config()), set()
+    def walk(node, prefix):
+        for k, v in node.items():
+            walk(v, f"{prefix}{k}.") if isinstance(v, dict) else seen.add(prefix + k)
+    walk(tree, "")
+    assert seen == set(module._KEYS)
+
+
+def test_config_needs_neither_torch_nor_omegaconf():
+    code = "import interlace.models.config, sys; print({'torch', 'omegaconf', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

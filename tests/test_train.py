@@ -1,0 +1,134 @@
+"""The whole run: loss falls on real text, the same for every layout, resume exact to the bit, sampling, errors in words."""
+import json
+import math
+
+import pytest
+import torch
+from ranks import run
+
+from interlace.models.config import load_config
+from interlace.models.generate import generate, sample
+from interlace.models.train import Run, train
+from interlace.parallel.errors import RunError, UserError
+
+TINY = ["model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=4", "model.seq_length=32", "model.micro_batch_size=2",
+        "model.global_batch_size=4", "optim.sched.warmup_steps=2", "optim.lr=0.01", "trainer.save_every_n_steps=3"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(400)))
+    return [f"data.paths=[{path}]"]
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def _train(rank, overrides, out):
+    assert train(load_config(None, overrides), out) == 0
+
+
+def test_learns_and_writes_what_it_says(tmp_path, text):
+    out = tmp_path / "run"
+    _train(0, [*TINY, *text, "trainer.max_steps=30"], out)
+    log = rows(out)
+    assert [r["step"] for r in log] == list(range(1, 31))
+    assert log[0]["loss"] == pytest.approx(math.log(257), rel=0.02)   # nothing known: uniform over the vocabulary
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    assert {"step", "loss", "grad_norm", "lr", "tokens_per_second", "samples", "tokens", "seconds"} <= set(log[0])
+    assert log[-1]["samples"] == 120 and log[-1]["tokens"] == 120 * 32
+    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert load_config(str(out / "config.yaml")).trainer.max_steps == 30
+    assert (out / "checkpoints" / "latest").read_text() == "step-00000030"
+
+
+def test_layouts_give_one_curve(tmp_path, text):
+    common = [*TINY, *text, "trainer.max_steps=4", "trainer.precision=float64", "model.hidden_dropout=0.1"]
+    losses = {}
+    for name, tp, sp in (("one", 1, "false"), ("tp2", 2, "false"), ("tp2sp", 2, "true")):
+        run(tp, _train, [*common, f"tp={tp}", f"sp={sp}"], tmp_path / name)
+        losses[name] = [(r["loss"], r["grad_norm"]) for r in rows(tmp_path / name)]
+    for name in ("tp2", "tp2sp"):
+        torch.testing.assert_close(torch.tensor(losses[name], dtype=torch.float64), torch.tensor(losses["one"], dtype=torch.float64),
+                                   rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("tp, precision", [(1, "fp32"), (2, "fp32"), (2, "bf16")])
+def test_resume_is_exact(tmp_path, text, tp, precision):
+    common = [*TINY, *text, f"tp={tp}", "sp=true", f"trainer.precision={precision}", "optim.sched.decay_steps=8",
+              "model.hidden_dropout=0.1"]
+    run(tp, _train, [*common, "trainer.max_steps=8"], tmp_path / "whole")
+    run(tp, _train, [*common, "trainer.max_steps=5"], tmp_path / "two")
+    with (tmp_path / "two" / "metrics.jsonl").open("a") as f:         # a step that was logged and never saved
+        f.write(json.dumps({"step": 6, "loss": 99.0}) + "\n")
+    run(tp, _train, [*common, "trainer.max_steps=8"], tmp_path / "two")
+    pick = lambda out: [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in rows(out)]  # noqa: E731
+    assert pick(tmp_path / "two") == pick(tmp_path / "whole")
+    one, two = ((tmp_path / n / "checkpoints" / "step-00000008" / "model.safetensors").read_bytes() for n in ("whole", "two"))
+    assert one == two
+
+
+def test_accumulation_does_not_change_the_result(tmp_path, text):
+    for micro in (1, 4):
+        _train(0, [*TINY, *text, f"model.micro_batch_size={micro}", "trainer.max_steps=3", "trainer.precision=float64",
+                   "model.hidden_dropout=0.2"], tmp_path / str(micro))
+    one, four = ([r["loss"] for r in rows(tmp_path / n)] for n in ("1", "4"))
+    assert one == pytest.approx(four, rel=1e-12)
+
+
+def test_tied_bf16_gpt2_runs(tmp_path, text):
+    _train(0, [*TINY, *text, "model.normalization=layernorm", "model.activation=gelu", "model.position_embedding_type=learned_absolute",
+               "model.share_embeddings_and_output_weights=true", "model.add_bias_linear=true", "model.recompute_granularity=full",
+               "model.hidden_dropout=0.1", "model.attention_dropout=0.1", "trainer.precision=bf16", "trainer.max_steps=12"], tmp_path / "o")
+    log = rows(tmp_path / "o")
+    assert log[-1]["loss"] < log[0]["loss"] - 0.5
+
+
+def test_nan_stops_with_words_and_keeps_the_checkpoint(tmp_path, text):
+    out, cfg = tmp_path / "run", load_config(None, [*TINY, *text, "trainer.max_steps=3"])
+    train(cfg, out)
+    before = (out / "checkpoints" / "step-00000003" / "model.safetensors").read_bytes()
+    go_on = Run(load_config(None, [*TINY, *text, "trainer.max_steps=6"]), out)
+    go_on.model.layers[0].mlp.down_proj.weight.data.fill_(math.nan)
+    with pytest.raises(RunError, match=r"step 4: loss and gradient norm must be finite.*lower optim.lr"):
+        go_on.train()
+    assert (out / "checkpoints" / "step-00000003" / "model.safetensors").read_bytes() == before
+    assert (out / "checkpoints" / "latest").read_text() == "step-00000003"
+
+
+def test_generate(tmp_path, text):
+    out = tmp_path / "run"
+    run(2, _train, [*TINY, *text, "trainer.max_steps=40", "tp=2", "sp=true"], out)
+    greedy = generate(out, "line 1: the", tokens=12, temperature=0)
+    assert greedy.startswith("line 1: the") and len(greedy) > len("line 1: the")
+    assert greedy == generate(out, "line 1: the", tokens=12, temperature=0)
+    assert generate(out, "x" * 100, tokens=3)                         # longer than the window
+    assert generate(out, "", tokens=3) is not None
+    with pytest.raises(UserError, match="train first"):
+        generate(tmp_path / "nowhere", "a")
+
+
+def test_sample():
+    logits, g = torch.tensor([0.0, 3.0, 1.0, 2.0]), torch.Generator().manual_seed(0)
+    assert sample(logits, temperature=0, top_k=0, generator=g) == 1
+    assert {sample(logits, temperature=5.0, top_k=2, generator=g) for _ in range(100)} == {1, 3}
+    counts = torch.bincount(torch.tensor([sample(logits, temperature=1.0, top_k=0, generator=g) for _ in range(4000)]), minlength=4)
+    torch.testing.assert_close(counts / 4000, logits.softmax(-1), atol=0.03, rtol=0)
+
+
+def test_user_mistakes(tmp_path, text):
+    file = tmp_path / "a-file"
+    file.write_text("")
+    for overrides, out, words in (
+            ([*TINY, *text], file / "run", "--out must be a folder that can be written"),
+            ([*TINY, *text, "model.vocab_size=100"], tmp_path / "v", "model.vocab_size must be >"),
+            ([*TINY, f"data.paths=[{file}]"], tmp_path / "e", "data.paths"),
+            ([*TINY, *text, "model.seq_length=100000"], tmp_path / "s", "model.seq_length"),
+            ([*TINY, *text, "tp=3", "trainer.max_steps=1"], tmp_path / "t", "number of ranks must be a multiple")):
+        with pytest.raises(UserError, match=words):
+            train(load_config(None, overrides), out)
+    train(load_config(None, [*TINY, *text, "trainer.max_steps=2"]), tmp_path / "two")
+    with pytest.raises(UserError, match="at least the 2 steps"):
+        train(load_config(None, [*TINY, *text, "trainer.max_steps=1"]), tmp_path / "two")

@@ -1,0 +1,101 @@
+"""verify must find what it exists to find: one planted fault a test, each in a layout that hides it from world size 1."""
+import io
+
+import pytest
+from ranks import run
+from test_equal import config, mesh_of
+
+from interlace.models.gpt import GPT
+from interlace.models.verify import TOLERANCE, compare, report, suspect
+from interlace.parallel.collectives import reduce_from
+
+
+def _no_norm_reduction(model):
+    """Norm gradients under SP stay partial."""
+    for p in model.parameters():
+        p.pieces = tuple(type(q)(*[getattr(q, f) for f in ("name", "shape", "dim", "start", "length", "at", "copies")]) for q in p.pieces)
+
+
+def _clip_counts_copies(model):
+    """Replicated parameters count once per rank in the clip norm."""
+    for p in model.parameters():
+        p.pieces = tuple(type(q)(q.name, q.shape, q.dim, q.start, q.length, q.at, 1, False) for q in p.pieces)
+
+
+def _bias_on_every_rank(model):
+    """The row bias is added before the sum over ranks."""
+    proj = model.layers[0].mlp.down_proj
+    proj.forward = lambda x: reduce_from(x @ proj.weight.t() + proj.bias, proj.tp)
+
+
+def _missing_sum(model):
+    """The row product is not summed at all."""
+    proj = model.layers[0].self_attn.o_proj
+    proj.forward = lambda x: x @ proj.weight.t()
+
+
+def _rank_seed(model):
+    """Dropout masks differ between ranks."""
+    model.dropout.seed += model.tp.rank
+
+
+def _same_mask(model):
+    """Dropout under SP takes the local position: every rank drops the same rows."""
+    drop = model.layers[0].mlp_dropout
+    drop.forward = lambda x, base, strides: type(drop).forward(drop, x, 0, strides)
+
+
+def _pad_in_softmax(model):
+    """Vocabulary padding takes part in the softmax."""
+    model.vocab_size = model.embed_tokens.weight.shape[0] * model.tp.size
+
+
+FAULTS = {
+    "norm gradients not reduced": (_no_norm_reduction, {}, True, "gradient"),
+    "clip norm counts copies": (_clip_counts_copies, {}, False, "gradient norm"),
+    "bias added twice": (_bias_on_every_rank, {"add_bias_linear": True}, False, "loss"),
+    "sum missing": (_missing_sum, {}, False, "loss"),
+    "dropout seeded by rank": (_rank_seed, {"hidden_dropout": 0.3}, True, "loss"),
+    "dropout by local place": (_same_mask, {"hidden_dropout": 0.3}, True, "loss"),
+    "padding in the softmax": (_pad_in_softmax, {"vocab_size": 45}, False, "loss"),
+    "replicated key heads not summed": (_no_norm_reduction, {"num_query_groups": 1, "normalization": "rmsnorm"}, False, "gradient"),
+}
+
+
+def _finds(rank, name):
+    plant, options, sp, what = FAULTS[name]
+    cfg = config(options, 2, sp)
+    if name == "bias added twice":                                    # a zero bias hides it
+        plant_ = plant
+        def plant(model):
+            model.layers[0].mlp.down_proj.bias.data.fill_(0.1)
+            plant_(model)
+    found = compare(cfg, mesh_of(cfg, 2), vocab_size=cfg.model.vocab_size, steps=2, plant=plant)
+    assert any(f.what == what and f.error > 1e3 * TOLERANCE for f in found), f"{name} went unseen"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_finds_planted_fault(name):
+    run(2, _finds, name)
+
+
+def _names_the_missing_sum(rank):
+    cfg = config({}, 2, True)
+    found = compare(cfg, mesh_of(cfg, 2), vocab_size=45, steps=1, plant=_no_norm_reduction)
+    bad = [f for f in found if not f.error <= TOLERANCE]
+    assert {f.name for f in bad if f.what == "gradient"} == {n for n, _ in GPT(cfg.model, vocab_size=45).named_parameters() if "norm" in n}
+    text = io.StringIO()
+    from interlace.parallel.layout import Layout
+    report(found, bad, Layout(2, 2, sp=True), 1, text)
+    assert "FAILED" in text.getvalue() and "input_layernorm" in text.getvalue()
+
+
+def test_names_what_is_off():
+    run(2, _names_the_missing_sum)
+
+
+def test_suspect():
+    from interlace.models.verify import Finding
+    assert "missing" in suspect(Finding("gradient", "w", 0.5, 0.5), 2)
+    assert "twice" in suspect(Finding("gradient", "w", 1.0, 2.0), 2)
+    assert suspect(Finding("gradient", "w", 1.0, 1.3), 2) == ""
