@@ -5,12 +5,12 @@ DeepSpeed's all-reduce is the strongest peer on a CPU. It is compiled from the c
 package's own flags; nothing of it is imported, so `pip install --no-deps deepspeed` is enough, and without it it is absent.
 """
 import glob
+import hashlib
 import importlib.util
 import os
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 import torch
@@ -23,28 +23,36 @@ SIZES = [4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20]
 TOKEN = "interlace_bench"                                             # of the names of its segments, with our pid
 
 
-def build_deepspeed(folder: str) -> tuple[str, str]:
-    """The library of DeepSpeed's shared-memory collectives and "", or "" and why there is none."""
+def build_deepspeed() -> tuple[Path, str]:
+    """The library of DeepSpeed's shared-memory collectives and "", or why there is none. Kept: it takes a minute to compile."""
     spec = importlib.util.find_spec("deepspeed")
     if spec is None or not spec.submodule_search_locations:
-        return "", "not installed (pip install --no-deps deepspeed)"
+        return Path(), "not installed (pip install --no-deps deepspeed)"
     base = Path(spec.submodule_search_locations[0])
     source = next((p for p in (base / "ops/csrc/cpu", base.parent / "csrc/cpu") if (p / "comm/shm.cpp").exists()), None)
     if source is None:
-        return "", "installed without csrc/cpu/comm/shm.cpp"
+        return Path(), "installed without csrc/cpu/comm/shm.cpp"
     from torch.utils.cpp_extension import include_paths
-    out, lib = f"{folder}/deepspeed_shm.so", Path(torch.__file__).parent / "lib"
+    sources = [source / f"comm/{n}.cpp" for n in ("shm", "shm_interface")]
+    stamp = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + torch.__version__.encode()).hexdigest()[:16]
+    out, lib = Path.home() / f".cache/interlace/ds_shm-{stamp}.so", Path(torch.__file__).parent / "lib"
+    if out.exists():
+        return out, ""
+    out.parent.mkdir(parents=True, exist_ok=True)
     made = subprocess.run(
-        ["c++", "-std=c++20", "-O2", "-fopenmp", "-fPIC", "-march=native", "-shared", "-w", "-DTORCH_EXTENSION_NAME=deepspeed_shm",
+        ["c++", "-std=c++20", "-O2", "-fopenmp", "-fPIC", "-march=native", "-shared", "-w", "-DTORCH_EXTENSION_NAME=ds_shm",
          *(f"-isystem{p}" for p in (*include_paths(), sysconfig.get_paths()["include"])), f"-I{source}/includes",
-         *(str(source / f"comm/{n}.cpp") for n in ("shm", "shm_interface")), "-o", out,
-         f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python"], capture_output=True, text=True)
-    return (out, "") if not made.returncode else ("", f"does not compile: {made.stderr[:300]}")
+         *map(str, sources), "-o", f"{out}.new", f"-L{lib}", f"-Wl,-rpath,{lib}",
+         "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python"], capture_output=True, text=True)
+    if made.returncode:
+        return Path(), f"does not compile: {made.stderr[:300]}"
+    os.replace(f"{out}.new", out)
+    return out, ""
 
 
 def _deepspeed(path: str, rank: int, world: int):
     os.environ.update(LOCAL_SIZE=str(world), MASTER_ADDR=TOKEN, MASTER_PORT=str(os.getppid()))
-    spec = importlib.util.spec_from_file_location("deepspeed_shm", path)
+    spec = importlib.util.spec_from_file_location("ds_shm", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -110,15 +118,14 @@ def _others(each, rank, case, inner, rounds, group) -> None:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        library, why = build_deepspeed(folder)
-        print(f"DeepSpeed's shared-memory all-reduce: {f'absent: {why}' if why else 'compiled from its source'}", flush=True)
-        for world in [int(a) for a in sys.argv[1:]] or [2]:
-            try:
-                run_ranks(world, _ranks, world, library)
-            finally:                                                  # DeepSpeed leaves its segments behind
-                for path in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{TOKEN}_{os.getpid()}_*"):
-                    os.unlink(path)
+    library, why = build_deepspeed()
+    print(f"DeepSpeed's shared-memory all-reduce: {f'absent: {why}' if why else 'compiled from its source'}", flush=True)
+    for world in [int(a) for a in sys.argv[1:]] or [2]:
+        try:
+            run_ranks(world, _ranks, world, "" if why else str(library))
+        finally:                                                      # DeepSpeed leaves its segments behind
+            for path in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{TOKEN}_{os.getpid()}_*"):
+                os.unlink(path)
 
 
 if __name__ == "__main__":
