@@ -3,11 +3,12 @@ import json
 
 import pytest
 import torch
+from test_equal import OPTIONS, config
+
 from interlace.models.config import load_config
 from interlace.models.gpt import GPT
 from interlace.models.train import train
 from interlace.parallel.sharding import named_pieces
-from test_equal import OPTIONS, config
 
 pytestmark = pytest.mark.gpu
 
