@@ -29,8 +29,8 @@ SMALL = ["tests/test_rms_norm.py", "tests/test_layer_norm.py", "tests/test_swigl
 def commands(out: Path) -> dict[str, tuple[float, list[list[str]]]]:
     """part -> (seconds at most, commands)."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    checks = [[sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *PYTEST, "-k", "kernel_matches and float32", "-x",
-               *SMALL] for tool in ("memcheck", "racecheck")]
+    checks = [[sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *PYTEST, "-x",
+               "-k", "kernel_matches and float32", *SMALL] for tool in ("memcheck", "racecheck")]
     return {
         "doctor": (45, [[sys.executable, "-m", "interlace", "doctor"]]),
         "tests": (150, [[*PYTEST, "--durations=10", "tests"]]),
@@ -71,7 +71,8 @@ def main() -> int:
     args = parser.parse_args()
     import torch
     if not torch.cuda.is_available():
-        print("gpu-report: needs a CUDA device and a CUDA build of torch, found none; on a CPU use `make test` and `make bench`", file=sys.stderr)
+        print("gpu-report: needs a CUDA device and a CUDA build of torch, found none; on a CPU use `make test` and `make bench`",
+              file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     report = args.out / "report.md"
