@@ -1,4 +1,4 @@
-"""The command line: `interlace train | verify | explain | generate`.
+"""The command line: `interlace train | verify | explain | generate | bench | doctor`.
 
 Exit status: 0 fine, 1 a check or a run failed, 2 the user's mistake, 130 Ctrl-C. The parent checks config, layout and
 data paths before any rank starts, and imports no torch: `interlace --help` answers at once.
@@ -31,7 +31,7 @@ key=value sets a key of the config, on top of --config:
 Every key with its default is in the config.yaml that a run writes to its --out folder.
 """
 FLAGS = ("--config", "--nproc", "--out", "--data", "--steps", "--prompt", "--tokens", "--temperature", "--top-k",
-         "--seed")
+         "--seed", "--static", "--accept", "--json")
 RESUME = "run the same command again to resume"
 
 
@@ -73,6 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", metavar="X", type=float, default=0.8, help="0: the likeliest token" + d)
     generate.add_argument("--top-k", metavar="N", type=int, default=50, help="choose among N tokens; 0: all" + d)
     generate.add_argument("--seed", metavar="N", type=int, default=0, help="of the choices" + d)
+    bench = command("bench", "measure the kernels; --static: what the compiler makes of them, without a GPU", """\
+  interlace bench --static
+  interlace bench --static --out report/""", config=False)
+    bench.add_argument("--static", action="store_true", help="registers, spills, 16-byte accesses, time at the roof")
+    bench.add_argument("--out", metavar="DIR", help="static.json goes there (default: the cache folder)")
+    bench.add_argument("--accept", action="store_true", help="--static: make this the golden file of tests/")
+    doctor = command("doctor", "say what runs here, on what, and why not on more; test two ranks", """\
+  interlace doctor
+  interlace doctor --json > report.json""", config=False)
+    doctor.add_argument("--json", action="store_true", help="one object on stdout, for a bug report")
     return parser
 
 
@@ -189,4 +199,16 @@ def _generate(args: argparse.Namespace) -> int:
         "out", "prompt", "tokens", "temperature", "top_k", "seed")})
 
 
-_COMMANDS = {"train": _train, "verify": _verify, "explain": _explain, "generate": _generate}
+def _bench(args: argparse.Namespace) -> int:
+    from importlib import import_module  # bench sees all, so nobody imports it by name
+    if not args.static:
+        raise UserError("bench must be told what to do, got no --static; run interlace bench --static")
+    return int(import_module(".bench.static", __package__).main(args.out, accept=args.accept))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import main
+    return main(as_json=args.json)
+
+
+_COMMANDS = {"train": _train, "verify": _verify, "explain": _explain, "generate": _generate, "bench": _bench, "doctor": _doctor}

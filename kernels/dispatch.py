@@ -34,7 +34,8 @@ except ImportError:                                                   # no wheel
 
     triton = tl = _Absent()
 
-__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "tl", "triton", "tune_malloc"]
+__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "row_warps", "tl", "triton",
+           "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -120,6 +121,11 @@ def fused(*tensors: Tensor) -> bool:
     if all(t.device.type == "cpu" for t in tensors):
         return CPP or (INTERPRET and all(t.dtype != torch.float64 for t in tensors))
     return False
+
+
+def row_warps(block: int) -> int:
+    """num_warps of a kernel that holds a row of `block` in registers: 16 elements a thread, where 64 would spill."""
+    return min(32, max(4, block // 512))
 
 
 def tune_malloc() -> bool:
