@@ -52,7 +52,8 @@ def build_info() -> dict[str, Any]:
 def cpu_flags() -> frozenset[str]:
     """This CPU's instruction sets in /proc/cpuinfo's words; empty where there is no such file."""
     try:
-        return frozenset(next(ln.split(":")[1] for ln in open("/proc/cpuinfo") if ln.startswith("flags")).split())
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return frozenset(next(ln.split(":")[1] for ln in lines if ln.startswith("flags")).split())
     except (OSError, StopIteration):
         return frozenset()
 
