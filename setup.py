@@ -59,7 +59,7 @@ def find_compiler() -> list[str]:
     if found := next((c for c in ([wanted] if wanted else [["c++"], ["g++"], ["clang++"]]) if shutil.which(c[0])), None):
         return found
     looked = f"CXX={wanted[0]} is not a command" if wanted else "c++, g++, clang++, $CXX"
-    raise Missing(f"no C++ compiler ({looked}): pure Python install")
+    raise Missing(f"no C++ compiler ({looked})")
 
 
 class BuildExt(build_ext):
@@ -84,7 +84,8 @@ class BuildExt(build_ext):
         out.write_text(json.dumps(self.info, indent=1))
         for tier, state in self.info.items():
             if isinstance(state, dict):
-                print(f"interlace build: {tier}: {state['why']}", file=sys.stderr, flush=True)
+                text = "built" if state["built"] else f"not built, plain Python takes its place: {state['why']}"
+                print(f"interlace build: {tier}: {text}", file=sys.stderr, flush=True)
 
     def build_one(self, ext: Extension, tier: str) -> None:
         cxx = find_compiler()

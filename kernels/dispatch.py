@@ -34,7 +34,7 @@ except ImportError:                                                   # no wheel
 
     triton = tl = _Absent()
 
-__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "tl", "triton", "tune_malloc"]
+__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "not_built", "tl", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -74,6 +74,13 @@ def _load_cpp() -> bool:
         warnings.warn(f"interlace: C++ ops do not load with torch {torch.__version__}, using the references: {e}", stacklevel=2)
         return False
     return True
+
+
+def not_built() -> str:
+    """Why CPU tensors run the references here although nobody asked for that; "" where they do not."""
+    if CPP or INTERPRET or _REFERENCE_ONLY or (_HERE / "_cpu.so").exists():    # one that does not load has warned already
+        return ""
+    return build_info().get("cpu", {}).get("why", "the package was not built")
 
 
 CPP = not INTERPRET and not _REFERENCE_ONLY and _load_cpp()
