@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .parallel.errors import RunError, UserError
+from .parallel.errors import RunError, UserError, missing_package
 
 
 def call(target: str, kwargs: dict[str, Any]) -> int:
@@ -49,9 +49,9 @@ def main(job: dict[str, Any]) -> None:
     except (UserError, RunError) as e:
         status = 2 if isinstance(e, UserError) else 1
         _report(job, status, "message", str(e))
-    except Exception:
-        status = 1
-        _report(job, status, "crash", traceback.format_exc().rstrip())
+    except Exception as e:
+        status, text = 1, missing_package(e)
+        _report(job, status, "message" if text else "crash", text or traceback.format_exc().rstrip())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)                                                  # at once: a tidy end may wait for lost peers
