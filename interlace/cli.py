@@ -10,7 +10,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from .parallel.errors import RunError, UserError, nearest
+from .parallel.errors import RunError, UserError, missing_package, nearest
 
 if TYPE_CHECKING:
     from .models.config import Config
@@ -112,8 +112,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:                                           # interlace explain | head
         sys.stderr.close()
         return 1
-    except Exception:
-        traceback.print_exc()
+    except Exception as e:
+        if text := missing_package(e):
+            print(f"interlace: {text}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
         return 1
 
 

@@ -34,8 +34,8 @@ except ImportError:                                                   # no wheel
 
     triton = tl = _Absent()
 
-__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "row_warps", "tl", "triton",
-           "tune_malloc"]
+__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "not_built", "row_warps", "tl",
+           "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -53,7 +53,8 @@ def build_info() -> dict[str, Any]:
 def cpu_flags() -> frozenset[str]:
     """This CPU's instruction sets in /proc/cpuinfo's words; empty where there is no such file."""
     try:
-        return frozenset(next(ln.split(":")[1] for ln in open("/proc/cpuinfo") if ln.startswith("flags")).split())
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return frozenset(next(ln.split(":")[1] for ln in lines if ln.startswith("flags")).split())
     except (OSError, StopIteration):
         return frozenset()
 
@@ -74,6 +75,13 @@ def _load_cpp() -> bool:
         warnings.warn(f"interlace: C++ ops do not load with torch {torch.__version__}, using the references: {e}", stacklevel=2)
         return False
     return True
+
+
+def not_built() -> str:
+    """Why CPU tensors run the references here although nobody asked for that; "" where they do not."""
+    if CPP or INTERPRET or _REFERENCE_ONLY or (_HERE / "_cpu.so").exists():    # one that does not load has warned already
+        return ""
+    return build_info().get("cpu", {}).get("why", "the package was not built")
 
 
 CPP = not INTERPRET and not _REFERENCE_ONLY and _load_cpp()
