@@ -1,9 +1,9 @@
-# make setup | train | test | lint | bench ... every target sets up .venv first, pinned by constraints.txt.
+# make setup | train | test | lint | bench: every target sets up .venv first, pinned by constraints.txt. make gpu-report does not.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install -q -c constraints.txt
 STAMP = .venv/.stamp
 
-.PHONY: setup train test test-all lint bench clean
+.PHONY: setup train test test-all lint tree gpu-report bench clean
 
 setup: $(STAMP)
 	@.venv/bin/python setup.py -q build_ext --inplace
@@ -25,12 +25,20 @@ test: setup
 test-all: setup
 	.venv/bin/python -m pytest -m "not gpu"
 
-lint: setup
+lint: setup tree
 	.venv/bin/ruff check .
-	@mkdir -p build/typing/interlace
-	@for f in kernels parallel models bench; do ln -sfn ../../../$$f build/typing/interlace/$$f; done
-	@for f in interlace/*.py interlace/py.typed; do ln -sfn ../../../$$f build/typing/interlace/; done
-	MYPYPATH=build/typing .venv/bin/mypy -p interlace
+	MYPYPATH=build/tree .venv/bin/mypy -p interlace
+
+# The package as a tree of links: for mypy, and to run without an install.
+tree:
+	@mkdir -p build/tree/interlace
+	@for f in kernels parallel models bench; do ln -sfn ../../../$$f build/tree/interlace/$$f; done
+	@for f in interlace/*.py interlace/py.typed; do ln -sfn ../../../$$f build/tree/interlace/; done
+
+# On a machine with one NVIDIA GPU and a CUDA torch: nothing is installed, csrc is built in place.
+gpu-report: tree
+	$(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=build/tree:$$PYTHONPATH $(PYTHON) -m interlace.bench.gpu_report --out $(or $(OUT),gpu-report) $(if $(PART),--part $(PART))
 
 bench: setup
 	.venv/bin/python -m pytest bench --benchmark-only

@@ -78,12 +78,12 @@ def test_public_names():
     (["train", "--optim.lr=1"], "keys of the config have no dashes: optim.lr=1"),
     (["verify", "--out", "x"], "unknown argument --out; see interlace verify --help"),
     (["train", "--nproc", "0"], "--nproc must be >= 1, got 0"),
-    (["train", "tp=3"], "must be a multiple of tensor_model_parallel_size 3"),
+    (["train", "tp=3"], "num_attention_heads must be a multiple of tensor_model_parallel_size"),
     (["train", "tp=2", "--nproc", "3"], "3"),
     (["train", "--data", "/nope/a", "/nope/b"], "2 problems"),
     (["train", "data.paths=/nope/a"], "must be files and folders that exist, got /nope/a"),
     (["verify", "--steps", "0"], "--steps must be >= 1, got 0"),
-    (["explain", "tp=3"], "must be a multiple of tensor_model_parallel_size 3"),
+    (["explain", "tp=3"], "num_attention_heads must be a multiple of tensor_model_parallel_size"),
     (["generate", "--top-k", "-1"], "--top-k must be >= 0, got -1"),
     (["generate", "tp=2"], "unknown argument tp=2")])
 def test_one_message(capsys, words, wanted):

@@ -4,9 +4,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_equal import OPTIONS, config
+
 from interlace.models.gpt import GPT, padded_vocab
 from interlace.parallel.sharding import named_pieces
-from test_equal import OPTIONS, config
 
 
 def plain(cfg, w, ids, labels):

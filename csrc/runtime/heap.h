@@ -65,7 +65,9 @@ struct Heap {
   char* data = nullptr;
   double timeout;        // seconds a wait may last
   int spin = 0, yields = 0;
-  int64_t chunk = 0, two_shot = 0, stream = 0;  // bytes: kernel loop, and from where on two-shot, streaming stores
+  int64_t chunk = 0, two_shot = 0, stream = 0;  // bytes: of a chunk; of a message from which on: two-shot, streaming stores
+  float cost[2] = {0, 0};  // ns a byte, last seen, of copies into my place with plain and with streaming stores
+  uint32_t copies = 0;
   std::string name;
   std::vector<Peer> peers;
   int (*poll)() = nullptr;      // asked between slices of a long wait: nonzero to give up (a signal arrived)

@@ -3,7 +3,7 @@
 Shapes    x [n, ...] -> all_reduce [n, ...] · all_gather [W * n, ...] · reduce_scatter [n / W, ...] · all_to_all [n, ...]
 Bytes     moved per rank, b = bytes of x, W ranks (read + written, caches included):
           all_reduce one-shot    b in, (W + 1) b summed                                  one wait a chunk
-          all_reduce two-shot    b (W-1)/W in, b/W (W + 2) summed, 2 b (W-1)/W out       for W > 2 and large b, one wait a chunk
+          all_reduce two-shot    b (W-1)/W in, b/W (W + 2) summed, 2 b (W-1)/W out       from 256 KB on, one wait a chunk
           all_gather             b in, W b out       reduce_scatter, all_to_all          b (W-1)/W in, b out
 Time      T = T_call + T_signal + bytes / B:  about 3 us of Python and ctypes, 0.3 us a signal between two running cores, and
           the copy bandwidth of one core. Ranks that outnumber the cores add a scheduler's time slice each.

@@ -201,7 +201,7 @@ class SymmHeap:
     def stage(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor | None:
         """A tensor in this rank's buffer of the next collective, uninitialised; None where it does not fit.
 
-        Hand it to the next collective over this heap, on all ranks: its copy-in is skipped. After that it is not yours."""
+        Hand all of it to the next collective over this heap, on all ranks: its copy-in is skipped. After that it is not yours."""
         nbytes = prod(shape) * dtype.itemsize
         if nbytes > self.nbytes or self._mine is None:
             return None

@@ -1,0 +1,92 @@
+"""Everything one NVIDIA GPU can tell, in one command: `make gpu-report [PART=name] [OUT=folder]`.
+
+    part        what                                                                            seconds at most
+    doctor      versions, build tiers, topology, self-test                                      45
+    tests       every test marked gpu                                                           150
+    bench       every op in its GPU sizes, tables and plots                                     200
+    sanitizer   compute-sanitizer memcheck and racecheck over the kernels' small cases          100
+
+Runs from the source tree (the Makefile builds csrc and puts a link tree on PYTHONPATH; nothing is installed), in under 9
+minutes, and writes each part to --out as it goes, so that a run that is cut short leaves what it had. Exit status 1 when a
+part failed or was cut short; report.md says which.
+"""
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-m", "gpu"]
+# One small shape of each kernel: under the sanitizer a launch costs a second.
+SMALL = ["tests/test_rms_norm.py", "tests/test_layer_norm.py", "tests/test_swiglu.py", "tests/test_rope.py", "tests/test_dropout.py",
+         "tests/test_cross_entropy.py"]
+
+
+def commands(out: Path) -> dict[str, tuple[float, list[list[str]]]]:
+    """part -> (seconds at most, commands)."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    checks = [[sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *PYTEST, "-x",
+               "-k", "kernel_matches and float32", *SMALL] for tool in ("memcheck", "racecheck")]
+    return {
+        "doctor": (45, [[sys.executable, "-m", "interlace", "doctor"]]),
+        "tests": (150, [[*PYTEST, "--durations=10", "tests"]]),
+        "bench": (200, [[sys.executable, "-m", "interlace", "bench", "--device", "cuda", "--quick", "--out", str(out)]]),
+        "sanitizer": (100, checks),
+    }
+
+
+def run_part(name: str, seconds: float, todo: list[list[str]], log: Path) -> tuple[str, float]:
+    """Run the commands one after another into `log`. Returns: "ok", "failed" or "cut short", and the seconds it took."""
+    start, verdict = time.monotonic(), "ok"
+    with log.open("w") as f:
+        for command in todo:
+            f.write(f"$ {' '.join(command)}\n")
+            f.flush()
+            left = seconds - (time.monotonic() - start)
+            if left <= 0:
+                return "cut short", time.monotonic() - start
+            try:
+                proc = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
+            except OSError as e:
+                f.write(f"{e}\n")
+                verdict = "failed"
+                continue
+            try:
+                verdict = "failed" if proc.wait(left) else verdict
+            except subprocess.TimeoutExpired:
+                os.killpg(proc.pid, signal.SIGKILL)
+                proc.wait()
+                verdict = "cut short"
+    return verdict, time.monotonic() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder of the results (default: %(default)s)")
+    parser.add_argument("--part", choices=list(commands(Path())), help="run one part alone")
+    args = parser.parse_args()
+    import torch
+    if not torch.cuda.is_available():
+        print("gpu-report: needs a CUDA device and a CUDA build of torch, found none; on a CPU use `make test` and `make bench`",
+              file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = args.out / "report.md"
+    lines = [f"# GPU report: {torch.cuda.get_device_name()}, torch {torch.__version__}", "", "| part | result | seconds |", "|---|---|---|"]
+    failed = False
+    for name, (seconds, todo) in commands(args.out.resolve()).items():
+        if args.part in (None, name):
+            verdict, took = run_part(name, seconds, todo, args.out / f"{name}.log")
+            failed |= verdict != "ok"
+            lines.append(f"| {name} | {verdict} | {took:.0f} |")
+            report.write_text("\n".join(lines) + "\n")                # after each part: a run cut short leaves this
+            print(f"gpu-report: {name}: {verdict} in {took:.0f} s", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
