@@ -1,6 +1,6 @@
 """What a bench declares: its cases, and for a case the ways to compute it.
 
-    cases = grid(("rms_norm", "add_rms_norm"), rows("hidden"))           # of sweep "quick", "cpu" or "cuda" -> [Case]
+    cases = grid(("rms_norm", "add_rms_norm"), rows("hidden"))           # of sweep quick, quick-cuda, cpu or cuda -> [Case]
     def ways(case, make) -> Ways: ...                                    # tensors from `make`, functions over them
 
 A way is a function of the case's inputs; the harness times its forward, its backward or both, and holds its outputs and
@@ -136,12 +136,16 @@ def rows(width: str, odd: int = 1023) -> Shapes:
 
 def grid(calls: tuple[str, ...], shapes: Shapes, passes: tuple[str, ...] = PASSES,
          dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Callable[[str, int], list[Case]]:
-    """cases(sweep, world). --quick keeps both types, both shapes, and every pass of the first."""
+    """cases(sweep, world). --quick keeps both types, both shapes, and every pass of the first; on a GPU ("quick-cuda") the whole
+    shapes of all models in bf16, and every pass and fp32 of one."""
     def cases(sweep: str, world: int) -> list[Case]:
+        sizes = shapes("cuda" if sweep == "quick-cuda" else sweep)
         every = [Case(call, name, shape, dtype, p, world)
-                 for call in calls for name, shape in shapes(sweep).items() for dtype in dtypes for p in passes]
+                 for call in calls for name, shape in sizes.items() for dtype in dtypes for p in passes]
+        if sweep == "quick-cuda":
+            return [c for c in every if (c.dtype == dtypes[-1]) + (c.direction == passes[-1]) + (c.name == "llama-8b") >= 2]
         if sweep != "quick":
             return every
-        first = next(iter(shapes(sweep)))
+        first = next(iter(sizes))
         return [c for c in every if c.direction == passes[-1] or (c.name == first and c.dtype == dtypes[0])]
     return cases

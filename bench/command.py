@@ -85,7 +85,8 @@ def _plan(names: list[str], world: int, device: str) -> list[tuple[int, list[str
 
 
 def _measure(args: argparse.Namespace, names: list[str], folder: Path, world: int, run: str) -> int:
-    job: dict[str, Any] = {"folder": str(folder), "run": run, "device": args.device, "sweep": "quick" if args.quick else args.device,
+    sweep = {"cpu": "quick", "cuda": "quick-cuda"}[args.device] if args.quick else args.device
+    job: dict[str, Any] = {"folder": str(folder), "run": run, "device": args.device, "sweep": sweep,
                            "explain": args.explain, "seed": args.seed, "kept": str(default_folder())}
     for ranks, of in _plan(names, world, args.device):
         if status := launch(ranks, "interlace.bench.run:ops", {"names": of, **job}, again=AGAIN):

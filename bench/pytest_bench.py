@@ -19,6 +19,11 @@ ROUNDS, WARMUP = 5, 1
 _others: dict[int, list] = {}                                         # world -> inboxes of the other ranks
 
 
+def pytest_collect_directory(path: Path, parent: Any) -> Any:
+    """A folder, not a package: pytest imports the __init__ of a package, under its bare name."""
+    return pytest.Dir.from_parent(parent, path=path) if path == HERE else None
+
+
 def pytest_collect_file(file_path: Path, parent: Any) -> Any:
     if file_path.parent == HERE and file_path.name.startswith("bench_") and file_path.suffix == ".py":
         return _Bench.from_parent(parent, path=file_path)

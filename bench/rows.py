@@ -43,13 +43,15 @@ def key(row: Row) -> tuple[Any, ...]:
 
 
 def read_old(path: Path) -> dict[tuple[Any, ...], Row]:
-    """The newest row of every measurement in `path`. Raises: UserError where it cannot be compared with rows of today."""
+    """The newest row of every measurement in `path`; rows of other versions in it are passed over. Raises: UserError where no
+    row can be compared with those of today, or one is of another machine."""
     say = f"bench: --against must be a <op>.jsonl of this machine, written by interlace bench, got {path}"
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{say}, which cannot be read: {e}") from None
     found: dict[tuple[Any, ...], Row] = {}
+    other = ""
     for i, line in enumerate(filter(str.strip, lines), 1):
         try:
             row = json.loads(line)
@@ -57,14 +59,15 @@ def read_old(path: Path) -> dict[tuple[Any, ...], Row]:
             raise UserError(f"{say}, whose line {i} is not JSON") from None
         if not isinstance(row, dict) or row.get("schema") != SCHEMA or any(n not in row for n in NEEDED):
             version = row.get("schema", 1) if isinstance(row, dict) else "?"
-            raise UserError(f"{say}, whose line {i} is of version {version}, this interlace writes {SCHEMA}: measure the old commit again")
+            other = f"{say}, whose line {i} is of version {version}, this interlace writes {SCHEMA}: measure the old commit again"
+            continue
         if row["machine"] != machine():
             raise UserError(f"{say}, whose line {i} was measured on {row['machine']}, this is {machine()}: times of two machines "
                             "say nothing about the code")
         if "p50_us" in row:
             found[key(row)] = row
     if not found:
-        raise UserError(f"{say}, which has no figures in it")
+        raise UserError(other or f"{say}, which has no figures in it")
     return found
 
 

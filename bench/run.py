@@ -36,7 +36,7 @@ def ops(names: list[str], folder: str, run: str, device: str, sweep: str, explai
     stamp = provenance(seed)
     for op in names:
         for case in load(op).cases(sweep, world):
-            rows = one(op, case, device, group, seed, sweep == "quick", roofs.limits(found))
+            rows = one(op, case, device, group, seed, sweep.startswith("quick"), roofs.limits(found))
             if first:
                 append(where, op, rows, run, stamp)
                 _say(op, case, rows, explain)
