@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..kernels import add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
 from .cases import Case, Make, Ways, grid, rows
-from .peers import liger
+from .peers import liger, transformer_engine
 
 EPS = 1e-5
 cases = grid(("layer_norm", "add_layer_norm"), rows("hidden"))
@@ -25,7 +25,8 @@ def ways(case: Case, make: Make) -> Ways:
     if case.call == "layer_norm":
         return Ways((x, w, b), layer_norm_ref, layer_norm, {
             "torch eager": torch_norm, "torch.compile": make.compiled(torch_norm),
-            "liger": liger("LigerLayerNormFunction", make.device, lambda f: lambda x, w, b: f.apply(x, w, b, EPS))},
+            "liger": liger("LigerLayerNormFunction", make.device, lambda f: lambda x, w, b: f.apply(x, w, b, EPS)),
+            "transformer_engine": transformer_engine("LayerNorm", D, EPS, make.device, make.dtype)},
             nbytes=(2 * N * D * size, 3 * N * D * size), flops=(6 * N * D, 11 * N * D))
     return Ways((x, make.randn(N, D), w, b), add_layer_norm_ref, add_layer_norm, {
         "torch eager": torch_add, "torch.compile": make.compiled(torch_add)},

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..kernels import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from .cases import Case, Make, Ways, grid, rows
-from .peers import liger
+from .peers import liger, transformer_engine
 
 EPS = 1e-6
 cases = grid(("rms_norm", "add_rms_norm"), rows("hidden"))
@@ -25,7 +25,8 @@ def ways(case: Case, make: Make) -> Ways:
     if case.call == "rms_norm":
         return Ways((x, w), rms_norm_ref, rms_norm, {
             "torch eager": torch_norm, "torch.compile": make.compiled(torch_norm),
-            "liger": liger("LigerRMSNormFunction", make.device, lambda f: lambda x, w: f.apply(x, w, EPS, 0.0, "llama", False))},
+            "liger": liger("LigerRMSNormFunction", make.device, lambda f: lambda x, w: f.apply(x, w, EPS, 0.0, "llama", False)),
+            "transformer_engine": transformer_engine("RMSNorm", D, EPS, make.device, make.dtype)},
             nbytes=(2 * N * D * size, 3 * N * D * size), flops=(4 * N * D, 8 * N * D))
     return Ways((x, make.randn(N, D), w), add_rms_norm_ref, add_rms_norm, {
         "torch eager": torch_add, "torch.compile": make.compiled(torch_add),

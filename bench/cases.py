@@ -121,7 +121,8 @@ class Make:
         """torch.compile of fn, or why not."""
         if self.quick:
             return "left out by --quick: compiling takes seconds a case"
-        return torch.compile(fn, dynamic=False)
+        torch._dynamo.reset()                                         # past 8 shapes of one function it would run eagerly, in silence
+        return torch.compile(fn, dynamic=False, fullgraph=True)
 
 
 def rows(width: str, odd: int = 1023) -> Shapes:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..launch import launch
+from ..launch import launch, launched_by_torchrun
 from ..parallel.errors import UserError
 from .ops import OPS, pick
 
@@ -24,17 +24,20 @@ def default_folder() -> Path:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 1 when ours failed at a case for want of anything but memory, or got slower than --against allows."""
+    """Exit status: 0; 1 when ours is wrong, failed at a case for want of anything but memory, or got slower than --against allows."""
     if args.list:
         for name, (ranks, what) in OPS.items():
             print(f"{name:<20} {what}" + {"many": "  (several ranks)", "both": "  (one and several ranks)"}.get(ranks, ""))
         return 0
     names = pick(args.ops)
+    if launched_by_torchrun():
+        raise UserError("bench: must be one process, got torchrun's; it starts its own ranks: interlace bench --nproc N")
     if args.threshold < 1:
         raise UserError(f"bench: --threshold must be >= 1, the time now over the time then, got {args.threshold}")
     if args.nproc is not None and args.nproc < 1:
         raise UserError(f"bench: --nproc must be >= 1, got {args.nproc}")
     world = _devices(args)
+    from .report import WRONG
     from .rows import read_old
     old = read_old(Path(args.against)) if args.against else None
     folder = Path(args.out) if args.out else default_folder()
@@ -48,8 +51,9 @@ def main(args: argparse.Namespace) -> int:
         status = _roofs(args, names, folder, world) or _measure(args, names, folder, world, run)
     finally:                                                          # Ctrl-C included
         rows = _report(names, folder, run, args)
-    ours_failed = any("failed" in r and r["way"].startswith("interlace") and "out of memory" not in r["failed"] for r in rows)
-    return status or max(int(ours_failed), _compare(rows, old, args.threshold) if old is not None else 0)
+    ours = [r for r in rows if r["way"].startswith("interlace")]
+    bad = any("out of memory" not in r["failed"] if "failed" in r else not r["error"] <= WRONG for r in ours)
+    return status or max(int(bad), _compare(rows, old, args.threshold) if old is not None else 0)
 
 
 def _devices(args: argparse.Namespace) -> int:

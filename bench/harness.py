@@ -24,7 +24,8 @@ from .cases import Case, Way, Ways
 from .clocks import Clock, clock
 from .provenance import Neighbours
 
-__all__ = ["BOUNDS", "OUT_OF_MEMORY", "SCHEMA", "Prepared", "error", "failure", "measure", "noisy", "prepare", "run_ranks", "seeds"]
+__all__ = ["BOUNDS", "OUT_OF_MEMORY", "SCHEMA", "Prepared", "error", "failure", "measure", "noisy", "prepare", "run_ranks", "seeds",
+           "together"]
 
 SCHEMA = 2                                                            # of a row; 1 had no case, provenance or roof
 BOUNDS = ("gemm alone", "communication alone")
@@ -129,7 +130,7 @@ def _agree(value: float, group: dist.ProcessGroup | None, op: Any = dist.ReduceO
     return t.item()
 
 
-def _together(why: str, group: dist.ProcessGroup | None) -> str:
+def together(why: str, group: dist.ProcessGroup | None) -> str:
     """The reason of the first rank that has one: a way is timed on all ranks or on none."""
     if group is None:
         return why
@@ -150,7 +151,7 @@ def _prepare_all(ways: Ways, case: Case, group: dist.ProcessGroup | None) -> tup
             made = prepare(way, ways, case, truth)
         except Exception as e:
             why = failure(e)
-        if why := _together(why, group):
+        if why := together(why, group):
             failed[name] = why
         elif made is not None:
             ready[name] = made
@@ -203,8 +204,7 @@ def noisy(times: list[float], ours: list[float]) -> bool:
     if q[7] > SPREAD * q[1]:
         return True
     half = len(times) // 2
-    base = [1.0] * len(ours) if times is ours else ours               # ours against itself: its own two halves
-    a, b = (statistics.median(t / o for t, o in zip(times[s], base[s])) for s in (slice(0, half), slice(half, None)))
+    a, b = (statistics.median(t / o for t, o in zip(times[s], ours[s])) for s in (slice(0, half), slice(half, None)))
     return abs(a - b) > HALVES * min(a, b)
 
 

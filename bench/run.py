@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from . import roofs
 from .cases import Case, Make, Ways
-from .harness import OUT_OF_MEMORY, SCHEMA, _together, failure, measure
+from .harness import OUT_OF_MEMORY, SCHEMA, failure, measure, together
 from .provenance import provenance
 from .rows import append
 
@@ -50,7 +50,7 @@ def one(op: str, case: Case, device: str, group: dist.ProcessGroup | None, seed:
         made = build(op, case, device, group, seed, quick)
     except Exception as e:
         why = failure(e)
-    if why := _together(why, group):
+    if why := together(why, group):
         made = None
     if made is None:
         return [{"schema": SCHEMA, "op": op, "case": case.key(), "device": device, "seed": seed, "way": "interlace", "failed": why}]

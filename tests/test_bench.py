@@ -258,7 +258,7 @@ def test_against(quick, tmp_path, capsys):
     assert quick.run() == 0
     assert {p.suffix for p in (tmp_path / "plots").iterdir()} == {".png", ".svg"}
     assert quick.run("--against", str(path), "--threshold", "5") == 0 and "against the older file: 1 cases" in capsys.readouterr().out
-    quick.slow = 0.05
+    quick.slow = 0.02
     assert quick.run("--against", str(path)) == 1 and "SLOWER by more than 1.1" in capsys.readouterr().out
 
 
@@ -277,6 +277,17 @@ def test_against_refuses(quick, tmp_path, capsys, change, wanted):
             rows.read_old(old)
     assert quick.run("--against", str(old)) == 2
     assert (wanted or "none in common") in capsys.readouterr().err
+
+
+def test_a_wrong_kernel_fails_the_command(quick, capsys):
+    quick.ways = staticmethod(lambda case, make: tiny(lambda x: -x))
+    assert quick.run() == 1 and "WRONG: swiglu double tiny N8" in capsys.readouterr().out
+
+
+def test_under_torchrun(quick, capsys, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    assert quick.run() == 2 and "starts its own ranks" in capsys.readouterr().err
 
 
 def test_what_counts_as_slower():

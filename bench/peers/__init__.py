@@ -3,7 +3,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["installed", "liger"]
+import torch
+
+__all__ = ["installed", "liger", "transformer_engine"]
 
 
 def installed(module: str, build: Callable[[Any], Any], pip: str, device: str, cuda_only: bool = True) -> Any:
@@ -20,6 +22,15 @@ def installed(module: str, build: Callable[[Any], Any], pip: str, device: str, c
         return build(found)
     except Exception as e:
         return f"cannot be used: {type(e).__name__}: {' '.join(str(e).split())[:150]}"
+
+
+def transformer_engine(layer: str, width: int, eps: float, device: str, dtype: torch.dtype) -> Any:
+    """TransformerEngine's RMSNorm or LayerNorm of `width` as a function of (x, weight[, bias]), or why not."""
+    def build(te: Any) -> Callable[..., Any]:
+        module = getattr(te, layer)(width, eps=eps, device=device, dtype=dtype)
+        names = ("weight", "bias")
+        return lambda x, *w: torch.func.functional_call(module, dict(zip(names, w)), (x,))
+    return installed("transformer_engine.pytorch", build, "transformer-engine[pytorch]", device)
 
 
 def liger(name: str, device: str, build: Callable[[Any], Any]) -> Any:
