@@ -1,4 +1,4 @@
-"""The command line: `interlace train | verify | explain | generate | bench`.
+"""The command line: `interlace train | verify | explain | generate | bench | doctor`.
 
 Exit status: 0 fine, 1 a check or a run failed, 2 the user's mistake, 130 Ctrl-C. The parent checks config, layout and
 data paths before any rank starts, and imports no torch: `interlace --help` answers at once.
@@ -10,7 +10,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from .parallel.errors import RunError, UserError, nearest
+from .parallel.errors import RunError, UserError, missing_package, nearest
 
 if TYPE_CHECKING:
     from .models.config import Config
@@ -32,7 +32,7 @@ key=value sets a key of the config, on top of --config:
 Every key with its default is in the config.yaml that a run writes to its --out folder.
 """
 FLAGS = ("--config", "--nproc", "--out", "--data", "--steps", "--prompt", "--tokens", "--temperature", "--top-k",
-         "--seed", "--quick", "--device", "--against", "--threshold", "--explain", "--list", "--roofs")
+         "--seed", "--quick", "--device", "--against", "--threshold", "--explain", "--roofs", "--list", "--static", "--accept", "--json")
 RESUME = "run the same command again to resume"
 
 
@@ -74,10 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", metavar="X", type=float, default=0.8, help="0: the likeliest token" + d)
     generate.add_argument("--top-k", metavar="N", type=int, default=50, help="choose among N tokens; 0: all" + d)
     generate.add_argument("--seed", metavar="N", type=int, default=0, help="of the choices" + d)
-    _bench_flags(command("bench", "time the kernels against their peers, with error, roofs and provenance in every row", """\
+    _bench_flags(command("bench", "time the kernels against their peers; --static: what the compiler makes of them, without a GPU", """\
   interlace bench --quick
   interlace bench rms_norm gemm_ar --nproc 2 --explain
-  interlace bench rms_norm --against bench/results/my-machine/rms_norm.jsonl""", config=False), d)
+  interlace bench rms_norm --against bench/results/my-machine/rms_norm.jsonl
+  interlace bench --static --out report/""", config=False), d)
+    doctor = command("doctor", "say what runs here, on what, and why not on more; test two ranks", """\
+  interlace doctor
+  interlace doctor --json > report.json""", config=False)
+    doctor.add_argument("--json", action="store_true", help="one object on stdout, for a bug report")
     return parser
 
 
@@ -91,8 +96,11 @@ def _bench_flags(bench: argparse.ArgumentParser, d: str) -> None:
     bench.add_argument("--explain", action="store_true", help="tell which path every communication op took, and why")
     bench.add_argument("--roofs", action="store_true", help="measure this machine's roofs again")
     bench.add_argument("--list", action="store_true", help="print the benches and stop")
-    bench.add_argument("--out", metavar="DIR", help="rows, roofs and plots go there (default: rows to bench/results/<machine>)")
+    bench.add_argument("--out", metavar="DIR", help="rows, roofs and plots go there, of --static static.json (default: rows to "
+                       "bench/results/<machine>, static.json to the cache folder)")
     bench.add_argument("--seed", metavar="N", type=int, default=0, help="of the random data" + d)
+    bench.add_argument("--static", action="store_true", help="registers, spills, 16-byte accesses, time at the roof; no GPU needed")
+    bench.add_argument("--accept", action="store_true", help="--static: make this the golden file of tests/")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,8 +129,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:                                           # interlace explain | head
         sys.stderr.close()
         return 1
-    except Exception:
-        traceback.print_exc()
+    except Exception as e:
+        if text := missing_package(e):
+            print(f"interlace: {text}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
         return 1
 
 
@@ -209,8 +220,15 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from importlib import import_module
-    return int(import_module(".bench.command", __package__).main(args))     # by name: bench stands above this folder
+    from importlib import import_module  # bench sees all, so nobody imports it by name
+    if args.static:
+        return int(import_module(".bench.static", __package__).main(args.out, accept=args.accept))
+    return int(import_module(".bench.command", __package__).main(args))
 
 
-_COMMANDS = {"train": _train, "verify": _verify, "explain": _explain, "generate": _generate, "bench": _bench}
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import main
+    return main(as_json=args.json)
+
+
+_COMMANDS = {"train": _train, "verify": _verify, "explain": _explain, "generate": _generate, "bench": _bench, "doctor": _doctor}

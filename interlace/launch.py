@@ -21,7 +21,7 @@ from typing import Any
 
 from .parallel.errors import RunError, UserError
 
-__all__ = ["default_nproc", "launch", "launched_by_torchrun", "speaks"]
+__all__ = ["bounded", "default_nproc", "environment", "launch", "launched_by_torchrun", "speaks"]
 
 GRACE = 5.0                                                           # seconds from SIGTERM to SIGKILL
 SETTLE = 0.5                                                          # seconds in which a cause and its effects arrive
@@ -50,6 +50,25 @@ def default_nproc(ranks: int) -> int:
 def speaks() -> bool:
     """Of the processes that find the same mistake before the ranks meet, only one says so."""
     return not launched_by_torchrun() or os.environ["RANK"] == "0"
+
+
+def environment(names: tuple[str, ...]) -> dict[str, str]:
+    """The variables that are set, of `names`; a name that ends in _ stands for all that begin so."""
+    return {k: v for k, v in sorted(os.environ.items()) if k in names or any(n.endswith("_") and k.startswith(n) for n in names)}
+
+
+def bounded(nproc: int, target: str, kwargs: dict[str, Any], seconds: float) -> tuple[int | None, str]:
+    """`launch` in a process of its own, with a time limit: (exit status, None past the limit; what it printed)."""
+    boot = ("import json, sys; job = json.loads(sys.argv[1]); sys.path[:] = job.pop('path'); "
+            "from interlace.launch import launch; sys.exit(launch(**job))")
+    job = json.dumps({"path": sys.path, "nproc": nproc, "target": target, "kwargs": kwargs})
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
+    try:
+        done = subprocess.run([sys.executable, "-c", boot, job], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as e:                            # it was killed, and its ranks die with it
+        return None, e.output.decode(errors="replace") if isinstance(e.output, bytes) else e.output or ""
+    return done.returncode, done.stdout
 
 
 def launch(nproc: int, target: str, kwargs: dict[str, Any], *, again: str = "run the same command again") -> int:

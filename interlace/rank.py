@@ -10,14 +10,16 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
-from .parallel.errors import RunError, UserError
+from .parallel.errors import RunError, UserError, missing_package
 
 
 def call(target: str, kwargs: dict[str, Any]) -> int:
     """The exit status of function "module:name", in this process. "config" arrives as a dict, is given as a Config."""
+    warnings.formatwarning = _one_line
     from .kernels.dispatch import tune_malloc
     from .models.config import from_dict
     tune_malloc()
@@ -26,6 +28,11 @@ def call(target: str, kwargs: dict[str, Any]) -> int:
     if "config" in kwargs:
         kwargs = {**kwargs, "config": from_dict(kwargs["config"])}
     return int(function(**kwargs) or 0)
+
+
+def _one_line(message: Any, *where: Any, __usual: Any = warnings.formatwarning, **more: Any) -> str:
+    """Our own warnings are messages to the user, without the line of code that Python adds."""
+    return f"{message}\n" if str(message).startswith("interlace:") else __usual(message, *where, **more)
 
 
 def main(job: dict[str, Any]) -> None:
@@ -42,9 +49,9 @@ def main(job: dict[str, Any]) -> None:
     except (UserError, RunError) as e:
         status = 2 if isinstance(e, UserError) else 1
         _report(job, status, "message", str(e))
-    except Exception:
-        status = 1
-        _report(job, status, "crash", traceback.format_exc().rstrip())
+    except Exception as e:
+        status, text = 1, missing_package(e)
+        _report(job, status, "message" if text else "crash", text or traceback.format_exc().rstrip())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)                                                  # at once: a tidy end may wait for lost peers

@@ -34,7 +34,8 @@ except ImportError:                                                   # no wheel
 
     triton = tl = _Absent()
 
-__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "tl", "triton", "tune_malloc"]
+__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "not_built", "row_warps", "tl",
+           "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -52,7 +53,8 @@ def build_info() -> dict[str, Any]:
 def cpu_flags() -> frozenset[str]:
     """This CPU's instruction sets in /proc/cpuinfo's words; empty where there is no such file."""
     try:
-        return frozenset(next(ln.split(":")[1] for ln in open("/proc/cpuinfo") if ln.startswith("flags")).split())
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return frozenset(next(ln.split(":")[1] for ln in lines if ln.startswith("flags")).split())
     except (OSError, StopIteration):
         return frozenset()
 
@@ -73,6 +75,13 @@ def _load_cpp() -> bool:
         warnings.warn(f"interlace: C++ ops do not load with torch {torch.__version__}, using the references: {e}", stacklevel=2)
         return False
     return True
+
+
+def not_built() -> str:
+    """Why CPU tensors run the references here although nobody asked for that; "" where they do not."""
+    if CPP or INTERPRET or _REFERENCE_ONLY or (_HERE / "_cpu.so").exists():    # one that does not load has warned already
+        return ""
+    return build_info().get("cpu", {}).get("why", "the package was not built")
 
 
 CPP = not INTERPRET and not _REFERENCE_ONLY and _load_cpp()
@@ -120,6 +129,11 @@ def fused(*tensors: Tensor) -> bool:
     if all(t.device.type == "cpu" for t in tensors):
         return CPP or (INTERPRET and all(t.dtype != torch.float64 for t in tensors))
     return False
+
+
+def row_warps(block: int) -> int:
+    """num_warps of a kernel that holds a row of `block` in registers: 16 elements a thread, where 64 would spill."""
+    return min(32, max(4, block // 512))
 
 
 def tune_malloc() -> bool:

@@ -13,7 +13,7 @@ Numerics  mean first, then the centred squares (no cancellation), in fp32; dw an
 import torch
 from torch import Tensor
 
-from .dispatch import define, differentiable, fused, tl, triton
+from .dispatch import define, differentiable, fused, row_warps, tl, triton
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -95,8 +95,9 @@ def _launch_fwd(x: Tensor, residual: Tensor | None, w: Tensor, b: Tensor | None,
     h, y = torch.empty_like(x) if residual is not None else x, torch.empty_like(x)
     mean, rstd = _stat(x), _stat(x)
     if rstd.numel():
-        _fwd_kernel[(rstd.numel(),)](x, residual, w, b, h, y, mean, rstd, D, eps, residual is not None, b is not None,
-                                     triton.next_power_of_2(D))
+        block = triton.next_power_of_2(D)
+        _fwd_kernel[(rstd.numel(),)](x, residual, w, b, h, y, mean, rstd, D, eps, residual is not None, b is not None, block,
+                                     num_warps=row_warps(block))
     return h, y, mean, rstd
 
 
@@ -107,7 +108,8 @@ def _launch_bwd(dy: Tensor, h: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, dh
     dx = torch.empty_like(h)
     dw, db = (h.new_empty(P, width, dtype=torch.float32) for width in (D, D * bias))
     if N:
-        _bwd_kernel[(P,)](dy, h, w, mean, rstd, dh, dx, dw, db, N, D, dh is not None, bias, triton.next_power_of_2(D))
+        block = triton.next_power_of_2(D)
+        _bwd_kernel[(P,)](dy, h, w, mean, rstd, dh, dx, dw, db, N, D, dh is not None, bias, block, num_warps=row_warps(block))
     return dx, dw.sum(0).to(w.dtype), db.sum(0).to(w.dtype)
 
 

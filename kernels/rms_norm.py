@@ -10,7 +10,7 @@ Numerics  statistics and dw partials in fp32, one rounding per output. One row p
 import torch
 from torch import Tensor
 
-from .dispatch import define, differentiable, fused, tl, triton
+from .dispatch import define, differentiable, fused, row_warps, tl, triton
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -76,7 +76,8 @@ def _launch_fwd(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tu
     h, y = torch.empty_like(x) if residual is not None else x, torch.empty_like(x)
     rstd = x.new_empty(x.numel() // max(D, 1), dtype=torch.float32)
     if rstd.numel():
-        _fwd_kernel[(rstd.numel(),)](x, residual, w, h, y, rstd, D, eps, residual is not None, triton.next_power_of_2(D))
+        block = triton.next_power_of_2(D)
+        _fwd_kernel[(rstd.numel(),)](x, residual, w, h, y, rstd, D, eps, residual is not None, block, num_warps=row_warps(block))
     return h, y, rstd
 
 
@@ -85,7 +86,8 @@ def _launch_bwd(dy: Tensor, h: Tensor, w: Tensor, rstd: Tensor, dh: Tensor) -> t
     P = min(N, 4 * torch.cuda.get_device_properties(h.device).multi_processor_count) if h.is_cuda else min(N, 4)
     dx, dw = torch.empty_like(h), h.new_empty(P, D, dtype=torch.float32)
     if N:
-        _bwd_kernel[(P,)](dy, h, w, rstd, dh, dx, dw, N, D, dh.numel() > 0, triton.next_power_of_2(D))
+        block = triton.next_power_of_2(D)
+        _bwd_kernel[(P,)](dy, h, w, rstd, dh, dx, dw, N, D, dh.numel() > 0, block, num_warps=row_warps(block))
     return dx, dw.sum(0).to(w.dtype)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import not_built
 from ..parallel.errors import RunError, UserError
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
@@ -158,12 +159,15 @@ def prepare_out(out: Path, main: bool) -> None:
 def train(config: Config, out: str | Path) -> int:
     """`interlace train`: train to trainer.max_steps, going on from what `out` holds. Returns the exit status."""
     run = Run(config, Path(out))
+    if run.main and run.device.type == "cpu" and (why := not_built()):
+        print(f"interlace: the C++ ops are not built here, the slower references run: {why}", file=sys.stderr, flush=True)
     if run.main and run.step == config.trainer.max_steps:
         print(f"{out} is trained to step {run.step} already; raise trainer.max_steps to go on")
     run.train()
     if run.main:
         rows = (Path(out) / "metrics.jsonl").read_text().splitlines() if (Path(out) / "metrics.jsonl").exists() else []
         last = json.loads(rows[-1]) if rows else {}
-        print(f"step {run.step}: loss {last.get('loss', float('nan')):.4f}. In {out}: metrics.jsonl, loss.png, config.yaml, checkpoints/\n"
+        made = [n for n in ("metrics.jsonl", "loss.png", "config.yaml", "checkpoints") if (Path(out) / n).exists()]
+        print(f"step {run.step}: loss {last.get('loss', float('nan')):.4f}. In {out}: {', '.join(made)}\n"
               f"sample from it: interlace generate --out {out} --prompt 'def '", flush=True)
     return 0

@@ -2,7 +2,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["RunError", "UserError", "nearest", "raise_problems"]
+__all__ = ["RunError", "UserError", "missing_package", "nearest", "raise_problems"]
 
 
 class UserError(ValueError):
@@ -14,6 +14,12 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     lowered = {c.lower(): c for c in choices}
     found = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
     return lowered[found[0]] if found else None
+
+
+def missing_package(error: Exception) -> str:
+    """What to say of an import of somebody else's package that is not there; "" for any other error."""
+    name = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0]
+    return f"the package {name} must be installed beside interlace, got none; pip install {name}" if name and name != "interlace" else ""
 
 
 def raise_problems(what: str, problems: list[str]) -> None:

@@ -52,8 +52,8 @@ def test_help_is_fast():
 
 def test_help_shows_every_command():
     text = run("--help").stdout
-    assert all(word in text for word in ("train", "verify", "explain", "generate", "bench", "tp=2"))
-    for command in ("train", "verify", "explain", "generate", "bench"):
+    assert all(word in text for word in ("train", "verify", "explain", "generate", "bench", "doctor", "tp=2"))
+    for command in ("train", "verify", "explain", "generate", "bench", "doctor"):
         assert f"  interlace {command} " in run(command, "--help").stdout, "an example"
 
 

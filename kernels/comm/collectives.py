@@ -24,6 +24,8 @@ __all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "group_size", "red
 Group = dist.ProcessGroup | SymmHeap | None
 _OPS = {"sum": (0, dist.ReduceOp.SUM), "max": (1, dist.ReduceOp.MAX)}
 _unset = object()
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed them, and warns
+_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def _heap(x: Tensor, group: Group) -> SymmHeap | None:
@@ -109,7 +111,7 @@ def all_gather(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
         if rc := LIB.interlace_all_gather(heap.handle, x.data_ptr(), y.data_ptr(), x.numel(), x.element_size(), _code(x)):
             heap.fail(rc)
     elif size > 1:
-        dist.all_gather_into_tensor(y, x, pg)
+        _gather_into(y, x, pg)
     else:
         y.copy_(x)
     return y
@@ -128,7 +130,7 @@ def reduce_scatter(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor
         if rc := LIB.interlace_reduce_scatter(heap.handle, x.data_ptr(), y.data_ptr(), y.numel(), code):
             heap.fail(rc)
     elif size > 1:
-        dist.reduce_scatter_tensor(y, x, group=heap.group if heap is not None else pg)
+        _scatter_into(y, x, group=heap.group if heap is not None else pg)
     else:
         y.copy_(x)
     return y

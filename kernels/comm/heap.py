@@ -251,7 +251,7 @@ def heap_of(group: "dist.ProcessGroup | SymmHeap") -> SymmHeap | None:
         try:
             heap = SymmHeap(group)
         except (HeapUnavailable, OSError) as e:
-            if not _warned:
+            if not _warned and dist.get_rank(group) == 0:
                 _warned = True
                 warnings.warn(f"interlace: collectives go through torch.distributed, not shared memory: {e}", stacklevel=3)
     _heaps[key] = heap
