@@ -1,28 +1,48 @@
-"""Collectives over the heap against gloo and DeepSpeed's shared memory. `python -m interlace.bench.bench_collectives [ranks]`
+"""Collectives over the heap against torch.distributed's (gloo, NCCL) and DeepSpeed's shared memory. `interlace bench collectives`
 
-Every way works in place where it can: all-reduce into its own input, the others into a given output. One thread a rank.
+Every way works in place where it can: all-reduce into its own input, the others into a given output. n: elements of one rank.
 DeepSpeed's all-reduce is the strongest peer on a CPU. It is compiled from the csrc of an installed deepspeed, with that
 package's own flags; nothing of it is imported, so `pip install --no-deps deepspeed` is enough, and without it it is absent.
 """
+import atexit
+import functools
 import glob
 import hashlib
 import importlib.util
 import os
 import subprocess
-import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from ..kernels.comm import all_gather, all_reduce, heap_of, reduce_scatter
-from .harness import compare, run_ranks
+from ..kernels.comm import all_gather, all_reduce, all_to_all, reduce_scatter
+from .cases import Case, Make, Way, Ways, grid
+from .explain import path
+from .peers.eager_comm import Collectives
 
-SIZES = [4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20]
-TOKEN = "interlace_bench"                                             # of the names of its segments, with our pid
+TOKEN = "interlace_bench"                                             # of the names of its segments, with our parent's pid
 
 
+def shapes(sweep: str) -> dict[str, dict[str, int]]:
+    top = {"quick": 22, "cpu": 24}.get(sweep, 28)
+    sizes = (12, 16, 20, 22) if sweep == "quick" else range(10, top + 1, 2)
+    return {"odd": {"n": 3 * 5 * 1024}, **{f"2^{b}": {"n": 1 << b} for b in sizes}}
+
+
+_every = grid(("all_reduce", "all_gather", "reduce_scatter", "all_to_all"), shapes, passes=("fwd",))
+
+
+def cases(sweep: str, world: int) -> list[Case]:
+    """n is cut to a multiple of the ranks."""
+    return [Case(c.call, c.name, {"n": c.shape["n"] // world * world}, c.dtype, c.direction, world) for c in _every(sweep, world)
+            if sweep != "quick" or c.dtype == "float32" or c.call == "all_reduce"]
+
+
+@functools.cache
 def build_deepspeed() -> tuple[Path, str]:
     """The library of DeepSpeed's shared-memory collectives and "", or why there is none. Kept: it takes a minute to compile."""
     spec = importlib.util.find_spec("deepspeed")
@@ -50,9 +70,23 @@ def build_deepspeed() -> tuple[Path, str]:
     return out, ""
 
 
-def _deepspeed(path: str, rank: int, world: int):
+def _remove(names: str) -> None:
+    for segment in glob.glob(names):
+        Path(segment).unlink(missing_ok=True)
+
+
+@functools.cache
+def _deepspeed(rank: int, world: int) -> Callable | str:
+    """Its all-reduce, in place; or why there is none. Rank 0 compiles, the others wait for what it made."""
+    library, why = build_deepspeed() if rank == 0 else (Path(), "")
+    told: list = [(str(library), why)]
+    dist.broadcast_object_list(told, 0)
+    if told[0][1]:
+        return told[0][1]
+    names = f"/dev/shm/deepspeed_allreduce_buffer_*_{TOKEN}_{os.getppid()}_*"
+    atexit.register(_remove, names)                                   # it leaves its segments behind
     os.environ.update(LOCAL_SIZE=str(world), MASTER_ADDR=TOKEN, MASTER_PORT=str(os.getppid()))
-    spec = importlib.util.spec_from_file_location("ds_shm", path)
+    spec = importlib.util.spec_from_file_location("ds_shm", told[0][0])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -60,73 +94,45 @@ def _deepspeed(path: str, rank: int, world: int):
     return torch.ops.deepspeed.inference_all_reduce_
 
 
-def _ranks(rank: int, world: int, library: str) -> None:
-    group = dist.group.WORLD
-    assert group is not None and heap_of(group) is not None, "no heap here"
-    deepspeed = _deepspeed(library, rank, world) if library else None
-    for nbytes in SIZES:
-        for dtype in (torch.float32, torch.bfloat16):
-            n = nbytes // dtype.itemsize
-            each = [torch.randn(n, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(world)]
-            case = {"ranks": world, "bytes": nbytes, "dtype": str(dtype)[6:]}
-            inner = max(1, min(20, (2 << 20) // nbytes))
-            rounds = 30 if nbytes <= 16 << 20 else 12
-            _all_reduce(each, rank, case, inner, rounds, group, deepspeed)
-            if 64 << 10 <= nbytes <= 16 << 20:
-                _others(each, rank, case, inner, rounds, group)
+def _in_place(x: Tensor, fn: Callable[[Tensor], object]) -> Callable[[], Callable[[], Tensor]]:
+    """Called again and again on one buffer: after the first, checked, call the data is zeros, which stay what they are."""
+    def fresh() -> Callable[[], Tensor]:
+        buffer, first = x.clone(), True
 
-
-def _all_reduce(each, rank, case, inner, rounds, group, deepspeed) -> None:
-    """In place, and called again and again: after the first, checked, call the data is zeros, which stay what they are."""
-    truth, world = torch.stack([x.double() for x in each]).sum(0), case["ranks"]
-    buffers: dict[str, torch.Tensor] = {}
-
-    def in_place(name, fn):
-        def go():
-            if name in buffers:
-                fn(buffers[name])
-                return buffers[name]
-            buffers[name] = each[rank].clone()
-            fn(buffers[name])
-            got = buffers[name].clone()
-            buffers[name].zero_()
+        def run() -> Tensor:
+            nonlocal first
+            fn(buffer)
+            if not first:
+                return buffer
+            first, got = False, buffer.clone()
+            buffer.zero_()
             return got
-        return go
-
-    ways = {"interlace": in_place("interlace", lambda x: all_reduce(x, group, out=x)),
-            "gloo": in_place("gloo", lambda x: dist.all_reduce(x, group=group))}
-    if deepspeed is not None:
-        ways["deepspeed shm"] = in_place("deepspeed shm", deepspeed)
-    ways["interlace, new output"] = lambda: all_reduce(each[rank], group)
-    moved = 2 * case["bytes"] * (world - 1) // world                  # what a rank must send, as in nccl-tests' bus bandwidth
-    compare("collectives", ways, truth=truth, case={"collective": "all_reduce", **case}, rounds=rounds, inner=inner, nbytes=moved,
-            group=group)
+        return run
+    return fresh
 
 
-def _others(each, rank, case, inner, rounds, group) -> None:
-    world, x = case["ranks"], each[rank]
-    y, z, n = torch.empty(x.numel() * world, dtype=x.dtype), x.new_empty(x.numel() // world), x.numel() // world
-    compare("collectives", {"interlace": lambda: all_gather(x, group, out=y),
-                            "gloo": lambda: (dist.all_gather_into_tensor(y, x, group), y)[1]},
-            truth=torch.cat(each).double(), case={"collective": "all_gather", **case}, rounds=rounds, inner=inner,
-            nbytes=case["bytes"] * (world - 1), group=group)
-    compare("collectives", {"interlace": lambda: reduce_scatter(x, group, out=z),
-                            "gloo": lambda: (dist.reduce_scatter_tensor(z, x, group=group), z)[1]},
-            truth=torch.stack([e.double() for e in each]).sum(0)[n * rank:n * (rank + 1)],
-            case={"collective": "reduce_scatter", **case}, rounds=rounds, inner=inner,
-            nbytes=case["bytes"] * (world - 1) // world, group=group)
+def ways(case: Case, make: Make) -> Ways:
+    n, t, size, group = case.shape["n"], make.world, make.dtype.itemsize, make.group
+    x, c, at = make.randn(n, grad=False), Collectives(group), case.call
+    sent = {"all_reduce": 2 * n * (t - 1) // t, "all_gather": n * (t - 1)}.get(at, n * (t - 1) // t) * size   # bus bytes, as nccl-tests
+    exact = [getattr(c, at)(x.double())]
+    y = torch.empty_like(exact[0], dtype=make.dtype)
+    cost = {"nbytes": ((n + (n * t if at == "all_gather" else n // t if at == "reduce_scatter" else n)) * size, 0), "link": (sent, 0),
+            "path": path(at, group, make.device, (n,), make.dtype)}
+    eager = {"all_gather": lambda: (dist.all_gather_into_tensor(y, x, group), y)[1],
+             "reduce_scatter": lambda: (dist.reduce_scatter_tensor(y, x, group=group), y)[1],
+             "all_to_all": lambda: (dist.all_to_all_single(y, x, group=group), y)[1]}
+    mine = {"all_gather": lambda: all_gather(x, group, out=y), "reduce_scatter": lambda: reduce_scatter(x, group, out=y),
+            "all_to_all": lambda: all_to_all(x, group, out=y)}
+    way = lambda fn: Way(fn, truth=lambda got: exact)  # noqa: E731
+    if at != "all_reduce":
+        return Ways((), lambda: exact[0], way(mine[at]), {"torch eager": way(eager[at])}, **cost)  # type: ignore[arg-type]
 
+    def in_place(fn: Callable[[Tensor], object]) -> Way:
+        return Way(truth=lambda got: exact, fresh=_in_place(x, fn))
 
-def main() -> None:
-    library, why = build_deepspeed()
-    print(f"DeepSpeed's shared-memory all-reduce: {f'absent: {why}' if why else 'compiled from its source'}", flush=True)
-    for world in [int(a) for a in sys.argv[1:]] or [2]:
-        try:
-            run_ranks(world, _ranks, world, "" if why else str(library))
-        finally:                                                      # DeepSpeed leaves its segments behind
-            for path in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{TOKEN}_{os.getpid()}_*"):
-                os.unlink(path)
-
-
-if __name__ == "__main__":
-    main()
+    deepspeed = "needs CPU tensors in float32 or bfloat16" if make.device != "cpu" else _deepspeed(make.rank, t)
+    return Ways((), lambda: exact[0], in_place(lambda b: all_reduce(b, group, out=b)), {
+        "torch eager": in_place(lambda b: dist.all_reduce(b, group=group)),
+        "deepspeed shm": deepspeed if isinstance(deepspeed, str) else in_place(deepspeed),
+        "interlace, new output": way(lambda: all_reduce(x, group))}, **cost)  # type: ignore[arg-type]

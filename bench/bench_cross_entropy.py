@@ -1,40 +1,34 @@
-"""cross_entropy, forward + backward, against torch's own. `python -m interlace.bench.bench_cross_entropy`"""
-from functools import partial
-
-import torch
+"""cross_entropy against torch's own, in the logits' type and in fp32, and Liger's. `interlace bench cross_entropy`"""
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..kernels import cross_entropy
-from .harness import compare
-
-SHAPES = [(1024, 8192), (256, 50304)]
-
-
-def main() -> None:
-    for N, V in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.manual_seed(0)
-            x, dloss = torch.randn(N, V, dtype=dtype), torch.randn(N)
-            targets = torch.randint(V, (N,))
-
-            def both(fn, x=x, targets=targets, dloss=dloss, cast=dtype):
-                xs = x.to(cast).detach().requires_grad_()
-                loss = fn(xs, targets)
-                loss.backward(dloss.to(loss.dtype))
-                return loss, xs.grad
-
-            def eager(x, targets):
-                return F.cross_entropy(x, targets, reduction="none")
-
-            def eager_fp32(x, targets, eager=eager):
-                return eager(x.float(), targets)
-
-            compare("cross_entropy", {"interlace": partial(both, cross_entropy),
-                                      "torch F.cross_entropy": partial(both, eager),
-                                      "torch, in fp32": partial(both, eager_fp32)},
-                    truth=both(eager, cast=torch.float64), nbytes=3 * N * V * x.element_size(),
-                    case={"N": N, "V": V, "dtype": str(dtype)[6:], "pass": "fwd+bwd"})
+from .cases import MODELS, Case, Make, Ways, grid
+from .peers import liger
 
 
-if __name__ == "__main__":
-    main()
+def shapes(sweep: str) -> dict[str, dict[str, int]]:
+    if sweep == "quick":
+        return {"small": {"N": 64, "V": 8192}, "odd": {"N": 33, "V": 5003}}
+    N, part = (4096, 1) if sweep == "cuda" else (256, 8)
+    return {**{name: {"N": N, "V": m.vocab // part} for name, m in MODELS.items()}, "odd": {"N": 33, "V": 50257}}
+
+
+cases = grid(("cross_entropy",), shapes)
+
+
+def ways(case: Case, make: Make) -> Ways:
+    N, V = case.shape["N"], case.shape["V"]
+    targets, size = make.randint(V, N), make.dtype.itemsize
+
+    def eager(x: Tensor) -> Tensor:
+        return F.cross_entropy(x, targets, reduction="none")
+
+    def eager_fp32(x: Tensor) -> Tensor:
+        return F.cross_entropy(x.float(), targets, reduction="none")
+
+    return Ways((make.randn(N, V),), eager, lambda x: cross_entropy(x, targets), {
+        "torch eager": eager, **({"torch eager in fp32": eager_fp32} if size < 4 else {}), "torch.compile": make.compiled(eager_fp32),
+        "liger": liger("LigerCrossEntropyFunction", make.device,           # overwrites its logits: it gets a copy
+                       lambda f: lambda x: f.apply(x.clone(), targets, None, -100, 0.0, 0.0, "none")[0])},
+        nbytes=(N * V * size + 20 * N, 2 * N * V * size + 20 * N), flops=(4 * N * V, 3 * N * V))

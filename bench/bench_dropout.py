@@ -1,47 +1,34 @@
-"""dropout, forward + backward, against torch's own. `python -m interlace.bench.bench_dropout`
+"""dropout, of a whole tensor and of a shard, against torch's own. `interlace bench dropout`
 
-The two drop different elements, so each way's first call, the one `compare` takes the error of, returns its distance
-from its own truth: x and dy over 1 - p in fp64 where its y is not zero, and zero elsewhere.
+Ways drop different elements, so each is held against its own truth: x and dy over 1 - p in fp64 where its y is not zero,
+and zero elsewhere. F.dropout draws anew at each call: it is not repeatable, and its row says so.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..kernels import dropout
-from .harness import compare
+from .cases import Case, Make, Way, Ways, grid, rows
+from .harness import seeds
 
-SHAPES = [(1024, 256), (4096, 1024)]
 P = 0.1
+cases = grid(("dropout", "dropout of a shard"), rows("hidden"))
 
 
-def _way(fn, x, dy):
-    checked = False
+def ways(case: Case, make: Make) -> Ways:
+    N, D = case.shape["N"], case.shape["D"]
+    x, size = make.randn(N, D), make.dtype.itemsize
+    strides = (3 * D, 1) if "shard" in case.call else None           # x as a shard of a tensor three times as wide
 
-    def run():
-        nonlocal checked
-        xs = x.detach().requires_grad_()
-        y = fn(xs)
-        y.backward(dy)
-        if checked:
-            return y, xs.grad
-        checked = True
-        truth = [torch.where(y != 0, full.double() / (1 - P), 0.0) for full in (x, dy)]
-        return tuple((got.double() - want) / want.abs().max() for got, want in zip((y, xs.grad), truth, strict=True))
+    def truth(got: tuple[Tensor, ...]) -> list[Tensor]:
+        full = [x.detach(), *seeds(got[:1], case)][:len(got)]
+        return [torch.where(got[0] != 0, f.double() / (1 - P), 0.0) for f in full]
 
-    return run
-
-
-def main() -> None:
-    for N, D in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.manual_seed(0)
-            x, dy = torch.randn(N, D, dtype=dtype), torch.randn(N, D, dtype=dtype)
-            strides = (3 * D, 1)                                      # x as a shard of a tensor three times as wide
-            compare("dropout", {"interlace": _way(lambda x: dropout(x, P, 1), x, dy),
-                                "interlace, a shard": _way(lambda x, s=strides: dropout(x, P, 1, strides=s), x, dy),
-                                "torch F.dropout": _way(lambda x: F.dropout(x, P), x, dy)},
-                    truth=(torch.zeros(N, D), torch.zeros(N, D)), nbytes=4 * N * D * x.element_size(),
-                    case={"N": N, "D": D, "p": P, "dtype": str(dtype)[6:], "pass": "fwd+bwd"})
-
-
-if __name__ == "__main__":
-    main()
+    way = partial(Way, truth=truth)
+    eager = lambda x: F.dropout(x, P)  # noqa: E731
+    made = make.compiled(eager)
+    return Ways((x,), eager, way(lambda x: dropout(x, P, 1, strides=strides)), {
+        "torch eager": way(eager), "torch.compile": made if isinstance(made, str) else way(made)},
+        nbytes=(2 * N * D * size, 2 * N * D * size), flops=(12 * N * D, 12 * N * D))

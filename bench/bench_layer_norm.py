@@ -1,51 +1,33 @@
-"""layer_norm and add_layer_norm, forward + backward, against torch. `python -m interlace.bench.bench_layer_norm`"""
-from functools import partial
-
-import torch
+"""layer_norm and add_layer_norm against torch's own and Liger's. `interlace bench layer_norm`"""
 import torch.nn.functional as F
+from torch import Tensor
 
-from ..kernels import add_layer_norm, layer_norm, layer_norm_ref
-from .harness import compare
+from ..kernels import add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
+from .cases import Case, Make, Ways, grid, rows
+from .peers import liger, transformer_engine
 
-SHAPES = [(1024, 256), (4096, 1024)]
-
-
-def torch_norm(x, w, b):
-    return F.layer_norm(x, x.shape[-1:], w, b, 1e-5)
+EPS = 1e-5
+cases = grid(("layer_norm", "add_layer_norm"), rows("hidden"))
 
 
-def torch_add(x, r, w, b):
+def torch_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.layer_norm(x, w.shape, w, b, EPS)
+
+
+def torch_add(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     h = x + r
     return h, torch_norm(h, w, b)
 
 
-def main() -> None:
-    for N, D in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.manual_seed(0)
-            x, r, dy = (torch.randn(N, D, dtype=dtype) for _ in range(3))
-            w, b = (torch.randn(D, dtype=dtype) for _ in range(2))
-
-            def both(fn, inputs=(x, w, b), dy=dy, cast=dtype):
-                leaves = [t.to(cast).detach().requires_grad_() for t in inputs]
-                y = fn(*leaves)
-                y.backward(dy.to(cast))
-                return y, *(t.grad for t in leaves)
-
-            def add_both(fn, inputs=(x, r, w, b), dy=dy, cast=dtype):
-                leaves = [t.to(cast).detach().requires_grad_() for t in inputs]
-                outs = fn(*leaves)
-                torch.autograd.backward(outs, (dy.to(cast), dy.to(cast)))
-                return *outs, *(t.grad for t in leaves)
-
-            case, size = {"N": N, "D": D, "dtype": str(dtype)[6:], "pass": "fwd+bwd"}, x.element_size()
-            compare("layer_norm", {"interlace": partial(both, layer_norm),
-                                   "torch F.layer_norm": partial(both, torch_norm)},
-                    truth=both(layer_norm_ref, cast=torch.float64), case=case, nbytes=5 * N * D * size)
-            compare("add_layer_norm", {"interlace": partial(add_both, add_layer_norm),
-                                       "torch": partial(add_both, torch_add)},
-                    truth=add_both(torch_add, cast=torch.float64), case=case, nbytes=8 * N * D * size)
-
-
-if __name__ == "__main__":
-    main()
+def ways(case: Case, make: Make) -> Ways:
+    N, D = case.shape["N"], case.shape["D"]
+    x, w, b, size = make.randn(N, D), make.randn(D), make.randn(D), make.dtype.itemsize
+    if case.call == "layer_norm":
+        return Ways((x, w, b), layer_norm_ref, layer_norm, {
+            "torch eager": torch_norm, "torch.compile": make.compiled(torch_norm),
+            "liger": liger("LigerLayerNormFunction", make.device, lambda f: lambda x, w, b: f.apply(x, w, b, EPS)),
+            "transformer_engine": transformer_engine("LayerNorm", D, EPS, make.device, make.dtype)},
+            nbytes=(2 * N * D * size, 3 * N * D * size), flops=(6 * N * D, 11 * N * D))
+    return Ways((x, make.randn(N, D), w, b), add_layer_norm_ref, add_layer_norm, {
+        "torch eager": torch_add, "torch.compile": make.compiled(torch_add)},
+        nbytes=(4 * N * D * size, 4 * N * D * size), flops=(7 * N * D, 12 * N * D))

@@ -1,49 +1,35 @@
-"""rms_norm and add_rms_norm, forward + backward, against torch's own. `python -m interlace.bench.bench_rms_norm`"""
-from functools import partial
-
-import torch
+"""rms_norm and add_rms_norm against torch's own and Liger's. `interlace bench rms_norm`"""
 import torch.nn.functional as F
+from torch import Tensor
 
-from ..kernels import add_rms_norm, rms_norm, rms_norm_ref
-from .harness import compare
+from ..kernels import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from .cases import Case, Make, Ways, grid, rows
+from .peers import liger, transformer_engine
 
-SHAPES = [(1024, 256), (4096, 1024)]
-
-
-def torch_norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, w.shape, w, 1e-6)
-
-
-def main() -> None:
-    for N, D in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.manual_seed(0)
-            x, r, dy = (torch.randn(N, D, dtype=dtype) for _ in range(3))
-            w = torch.randn(D, dtype=dtype)
-
-            def both(fn, x=x, w=w, dy=dy, cast=dtype):
-                xs, ws = x.to(cast).detach().requires_grad_(), w.to(cast).detach().requires_grad_()
-                y = fn(xs, ws)
-                y.backward(dy.to(cast))
-                return y, xs.grad, ws.grad
-
-            def add_both(fn, x=x, r=r, w=w, dy=dy, cast=dtype):
-                xs, ws = x.to(cast).detach().requires_grad_(), w.to(cast).detach().requires_grad_()
-                h, y = fn(xs, r.to(cast), ws)
-                torch.autograd.backward((h, y), (dy.to(cast), dy.to(cast)))
-                return h, y, xs.grad, ws.grad
-
-            def torch_add(x, r, w, D=D):
-                h = x + r
-                return h, F.rms_norm(h, (D,), w, 1e-6)
-
-            case, size = {"N": N, "D": D, "dtype": str(dtype)[6:], "pass": "fwd+bwd"}, x.element_size()
-            compare("rms_norm", {"interlace": partial(both, rms_norm),
-                                 "torch F.rms_norm": partial(both, torch_norm)},
-                    truth=both(rms_norm_ref, cast=torch.float64), case=case, nbytes=5 * N * D * size)
-            compare("add_rms_norm", {"interlace": partial(add_both, add_rms_norm), "torch": partial(add_both, torch_add)},
-                    truth=add_both(torch_add, cast=torch.float64), case=case, nbytes=8 * N * D * size)
+EPS = 1e-6
+cases = grid(("rms_norm", "add_rms_norm"), rows("hidden"))
 
 
-if __name__ == "__main__":
-    main()
+def torch_norm(x: Tensor, w: Tensor) -> Tensor:
+    return F.rms_norm(x, w.shape, w, EPS)
+
+
+def torch_add(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    h = x + r
+    return h, torch_norm(h, w)
+
+
+def ways(case: Case, make: Make) -> Ways:
+    N, D = case.shape["N"], case.shape["D"]
+    x, w, size = make.randn(N, D), make.randn(D), make.dtype.itemsize
+    if case.call == "rms_norm":
+        return Ways((x, w), rms_norm_ref, rms_norm, {
+            "torch eager": torch_norm, "torch.compile": make.compiled(torch_norm),
+            "liger": liger("LigerRMSNormFunction", make.device, lambda f: lambda x, w: f.apply(x, w, EPS, 0.0, "llama", False)),
+            "transformer_engine": transformer_engine("RMSNorm", D, EPS, make.device, make.dtype)},
+            nbytes=(2 * N * D * size, 3 * N * D * size), flops=(4 * N * D, 8 * N * D))
+    return Ways((x, make.randn(N, D), w), add_rms_norm_ref, add_rms_norm, {
+        "torch eager": torch_add, "torch.compile": make.compiled(torch_add),
+        "liger": liger("LigerFusedAddRMSNormFunction", make.device,
+                       lambda f: lambda x, r, w: f.apply(x, r, w, EPS, 0.0, "llama", False)[::-1])},
+        nbytes=(4 * N * D * size, 4 * N * D * size), flops=(5 * N * D, 9 * N * D))

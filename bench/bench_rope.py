@@ -1,46 +1,53 @@
-"""rope on a slice of a fused qkv buffer, forward + backward, against torch. `python -m interlace.bench.bench_rope`"""
-from functools import partial
-
+"""rope on a slice of a fused qkv buffer against rotate_half in torch and Liger's. `interlace bench rope`"""
 import torch
+from torch import Tensor
 
 from ..kernels import rope, rope_tables
-from .harness import compare
+from .cases import MODELS, Case, Make, Way, Ways, grid
+from .peers import liger
 
-SHAPES = [(256, 4, 4, 64), (1024, 4, 16, 64)]                         # S, B, H, Dh: 1024 x 256 and 4096 x 1024
+
+def shapes(sweep: str) -> dict[str, dict[str, int]]:
+    if sweep == "quick":
+        return {"small": {"S": 128, "B": 2, "H": 8, "Dh": 64}, "odd": {"S": 111, "B": 3, "H": 5, "Dh": 36}}
+    S, part = (4096, 1) if sweep == "cuda" else (512, 8)
+    return {**{name: {"S": S, "B": 2, "H": m.heads // part, "Dh": m.head_dim} for name, m in MODELS.items()},
+            "odd": {"S": 333, "B": 3, "H": 5, "Dh": 36}}
 
 
-def rotate_half(x):
+cases = grid(("rope",), shapes)
+
+
+def rotate_half(x: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat((-b, a), -1)
 
 
-def main() -> None:
-    for S, B, H, Dh in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.manual_seed(0)
-            x = torch.randn(S, B, H, 3 * Dh, dtype=dtype)[..., :Dh]   # q, where each head holds its q, k and v
-            dy = torch.randn(S, B, H, Dh, dtype=dtype)
-
-            def tables(cast, full, S=S, Dh=Dh):
-                cos, sin = rope_tables(torch.arange(S), Dh, dtype=cast)
-                return tuple(torch.cat((t, t), -1)[:, None, None] for t in (cos, sin)) if full else (cos, sin)
-
-            def torch_rope(x, cos, sin):
-                return x * cos + rotate_half(x) * sin
-
-            def both(fn, angles, x=x, dy=dy, cast=dtype):
-                leaf = x.to(cast).detach().requires_grad_()
-                y = fn(leaf, *angles)
-                y.backward(dy.to(cast))
-                return y, leaf.grad
-
-            half, full = tables(torch.float32, False), tables(dtype, True)   # torch's in x.dtype, as models cast them
-            exact = tables(torch.float64, True)
-            compare("rope", {"interlace": partial(both, rope, half),
-                             "torch rotate_half": partial(both, torch_rope, full)},
-                    truth=both(torch_rope, exact, cast=torch.float64), nbytes=4 * dy.numel() * dy.element_size(),
-                    case={"S": S, "B": B, "H": H, "Dh": Dh, "dtype": str(dtype)[6:], "pass": "fwd+bwd"})
+def torch_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + rotate_half(x) * sin
 
 
-if __name__ == "__main__":
-    main()
+def ways(case: Case, make: Make) -> Ways:
+    S, B, H, Dh = (case.shape[k] for k in ("S", "B", "H", "Dh"))
+    buffer = make.randn(S, B, H, 3 * Dh, grad=False)                  # each head holds its q, k and v
+    x = buffer[..., :Dh].detach().requires_grad_()
+
+    def tables(dtype: torch.dtype, full: bool) -> tuple[Tensor, ...]:
+        cos, sin = rope_tables(torch.arange(S, device=make.device), Dh, dtype=torch.float64)
+        both = tuple(torch.cat((t, t), -1)[:, None, None] if full else t for t in (cos, sin))
+        return tuple(t.to(dtype) for t in both)
+
+    half, full, exact = tables(torch.float32, False), tables(make.dtype, True), tables(torch.float64, True)
+
+    def theirs(f):                                                    # rotates q and k, [B, H, S, Dh], in place
+        def run(x: Tensor) -> Tensor:
+            q = x.permute(1, 2, 0, 3).contiguous()
+            return f.apply(q, q[:, :1], full[0].view(1, S, Dh), full[1].view(1, S, Dh))[0].permute(2, 0, 1, 3)
+        return run
+
+    n, size = S * B * H * Dh, make.dtype.itemsize
+    cost = (2 * n * size + 4 * S * Dh,) * 2
+    eager = lambda x: torch_rope(x, *full)  # noqa: E731
+    return Ways((x,), lambda x: torch_rope(x, *exact), Way(lambda x: rope(x, *half)), {
+        "torch eager": eager, "torch.compile": make.compiled(eager), "liger": liger("LigerRopeFunction", make.device, theirs)},
+        nbytes=cost, flops=(3 * n, 3 * n))

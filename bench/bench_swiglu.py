@@ -1,37 +1,23 @@
-"""swiglu, forward + backward, against silu(gate) * up in torch. `python -m interlace.bench.bench_swiglu`"""
-from functools import partial
-
-import torch
+"""swiglu against silu(gate) * up in torch and Liger's. `interlace bench swiglu`"""
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..kernels import swiglu, swiglu_ref
-from .harness import compare
+from .cases import Case, Make, Ways, grid, rows
+from .peers import liger
 
-SHAPES = [(1024, 256), (4096, 1024)]                                  # N, F of the output
+cases = grid(("swiglu",), rows("ffn", odd=511))                       # D: width of the output
 
 
-def torch_swiglu(gate_up):
+def torch_swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 
-def main() -> None:
-    for N, width in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.manual_seed(0)
-            x, dy = torch.randn(N, 2 * width, dtype=dtype), torch.randn(N, width, dtype=dtype)
-
-            def both(fn, x=x, dy=dy, cast=dtype):
-                leaf = x.to(cast).detach().requires_grad_()
-                y = fn(leaf)
-                y.backward(dy.to(cast))
-                return y, leaf.grad
-
-            compare("swiglu", {"interlace": partial(both, swiglu),
-                               "torch silu(gate) * up": partial(both, torch_swiglu)},
-                    truth=both(swiglu_ref, cast=torch.float64), nbytes=8 * N * width * x.element_size(),
-                    case={"N": N, "F": width, "dtype": str(dtype)[6:], "pass": "fwd+bwd"})
-
-
-if __name__ == "__main__":
-    main()
+def ways(case: Case, make: Make) -> Ways:
+    N, D = case.shape["N"], case.shape["D"]
+    size = make.dtype.itemsize
+    return Ways((make.randn(N, 2 * D),), swiglu_ref, swiglu, {
+        "torch eager": torch_swiglu, "torch.compile": make.compiled(torch_swiglu),
+        "liger": liger("LigerSiLUMulFunction", make.device, lambda f: lambda x: f.apply(*(t.contiguous() for t in x.chunk(2, -1))))},
+        nbytes=(3 * N * D * size, 5 * N * D * size), flops=(6 * N * D, 10 * N * D))

@@ -1,17 +1,13 @@
-"""One training step of a GPT (micro-batches, clip, AdamW), ours against torch's own tensor parallel on gloo, in one run.
+"""One training step of a GPT (micro-batches, clip, AdamW), ours against torch's own tensor parallel. `interlace bench train_step`
 
-    python -m interlace.bench.bench_train_step [--rounds N] [--worlds 1 2]
-
-4 layers, hidden 256, ffn 704, 8 heads, sequence 256, vocabulary 8192, 4 micro-batches of 4, fp32, one thread a rank. Both
-start from the same weights, read the same tokens, and have the same malloc thresholds. The error column is that of the first
-step's loss and gradient norm against one process in float64.
+4 layers, hidden 256, ffn 704, 8 heads, sequence 256, vocabulary 8192, 4 micro-batches of 4, fp32 (`--quick`: 2 layers of 128).
+Both start from the same weights, read the same tokens, and have the same malloc thresholds. The error column is that of the
+first step's loss and gradient norm against one process in float64; repeatable: two models made anew, their first steps.
 """
-import argparse
 import dataclasses
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -23,81 +19,84 @@ from ..models.verify import RandomTokens
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
 from ..parallel.sharding import grad_norm, named_pieces
-from .harness import compare, run_ranks
+from .cases import Case, Make, Way, Ways
 from .peers.torch_tp import Config, TorchGPT, parallelize, step
 
-VOCAB = 8192
-MODEL = ModelConfig(num_layers=4, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, seq_length=256, micro_batch_size=4,
-                    global_batch_size=16, layernorm_epsilon=1e-6)
 OPTIM = OptimConfig()
-DATA = RandomTokens(VOCAB, MODEL.seq_length, 1)
+SHAPES = {"quick": {"gpt-tiny": {"L": 2, "D": 128, "F": 352, "H": 4, "S": 64, "V": 512, "B": 2, "n": 2}},
+          "cpu": {"gpt": {"L": 4, "D": 256, "F": 704, "H": 8, "S": 256, "V": 8192, "B": 4, "n": 4}}}
 THEIRS = {"embed_tokens": "embedding", "layers": "blocks", "input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm",
           "self_attn": "attention", "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
           "down_proj": "down"}
 
 
-def ours(mesh: Mesh, tp: int, sp: bool) -> Callable[[], Tensor]:
-    m = dataclasses.replace(MODEL, tensor_model_parallel_size=tp, sequence_parallel=sp)
-    model = GPT(m, mesh, vocab_size=VOCAB, seed=1)
+def cases(sweep: str, world: int) -> list[Case]:
+    """Without and with sequence parallelism. A GPU gets the CPU's model: ours trains on a CPU only as yet."""
+    calls = ("train_step", "train_step sp") if world > 1 else ("train_step",)
+    return [Case(call, name, shape, world=world) for call in calls for name, shape in SHAPES.get(sweep, SHAPES["cpu"]).items()]
+
+
+def _config(s: dict[str, int]) -> ModelConfig:
+    return ModelConfig(num_layers=s["L"], hidden_size=s["D"], ffn_hidden_size=s["F"], num_attention_heads=s["H"], seq_length=s["S"],
+                       micro_batch_size=s["B"], global_batch_size=s["B"] * s["n"], layernorm_epsilon=1e-6)
+
+
+def _tokens(s: dict[str, int]) -> RandomTokens:
+    return RandomTokens(s["V"], s["S"], 1)
+
+
+def ours(s: dict[str, int], mesh: Mesh, tp: int, sp: bool) -> Callable[[], Tensor]:
+    m = dataclasses.replace(_config(s), tensor_model_parallel_size=tp, sequence_parallel=sp)
+    model, data = GPT(m, mesh, vocab_size=s["V"], seed=1), _tokens(s)
     optimizer = Optimizer(model, OPTIM, mesh.tp)
 
     def run() -> Tensor:
-        loss = forward_backward(model, DATA, 0, m)
+        loss = forward_backward(model, data, 0, m)
         return torch.tensor([loss.item(), optimizer.step(OPTIM.lr)], dtype=torch.float64)
     return run
 
 
-def theirs(world: int, sp: bool) -> Callable[[], Tensor]:
-    model = TorchGPT(Config(vocab=VOCAB))
-    weights = {name: piece.local(p.detach()) for name, piece, p in named_pieces(GPT(MODEL, vocab_size=VOCAB, seed=1))}
+def theirs(s: dict[str, int], world: int, sp: bool) -> Callable[[], Tensor]:
+    model = TorchGPT(Config(s["L"], s["D"], s["F"], s["H"], s["V"], s["S"]))
+    weights = {name: piece.local(p.detach()) for name, piece, p in named_pieces(GPT(_config(s), vocab_size=s["V"], seed=1))}
     model.load_state_dict({".".join(THEIRS.get(w, w) for w in name.split(".")): t.clone() for name, t in weights.items()})
     parallelize(model, world, sp)
     split = [p for p in model.parameters() if isinstance(p, DTensor)]
     plain = [p for p in model.parameters() if not isinstance(p, DTensor)]   # norms, without sp: torch refuses to mix the two
-    sets = [s for s in (split, plain) if s]
-    adamw = torch.optim.AdamW([{"params": s} for s in sets], lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay)
-    n = MODEL.global_batch_size // MODEL.micro_batch_size
-    batches = [DATA.batch(i * MODEL.micro_batch_size, MODEL.micro_batch_size) for i in range(n)]
+    sets = [part for part in (split, plain) if part]
+    adamw = torch.optim.AdamW([{"params": part} for part in sets], lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps,
+                              weight_decay=OPTIM.weight_decay)
+    n, data = s["n"], _tokens(s)
+    batches = [data.batch(i * s["B"], s["B"]) for i in range(n)]
 
     def run() -> Tensor:
         loss = sum(step(model, ids, labels, 1 / n) for ids, labels in batches) / n
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in s if p.grad is not None]) for s in sets]
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in sets]
         norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
-        for s in sets:
-            torch.nn.utils.clip_grads_with_norm_(s, OPTIM.clip_grad, norm)
+        for part in sets:
+            torch.nn.utils.clip_grads_with_norm_(part, OPTIM.clip_grad, norm)
         adamw.step()
         adamw.zero_grad()
         return torch.tensor([float(loss), float(norm)], dtype=torch.float64)
     return run
 
 
-def truth() -> Tensor:
-    model = GPT(MODEL, vocab_size=VOCAB, seed=1, dtype=torch.float64)
-    loss = forward_backward(model, DATA, 0, MODEL)
+def truth(s: dict[str, int]) -> Tensor:
+    m = _config(s)
+    model = GPT(m, vocab_size=s["V"], seed=1, dtype=torch.float64)
+    loss = forward_backward(model, _tokens(s), 0, m)
     return torch.stack([loss, grad_norm(model, Mesh().tp)])
 
 
-def bench(rank: int, world: int, rounds: int) -> None:
-    case = {"layers": 4, "hidden": 256, "seq": 256, "vocab": VOCAB, "micro_batch": 4, "micro_batches": 4, "dtype": "float32",
-            "world": world}
-    group = dist.group.WORLD if world > 1 else None
-    true = truth()
-    tokens = MODEL.global_batch_size * MODEL.seq_length
-    flops = 6 * tokens * sum(p.numel() for p in GPT(MODEL, vocab_size=VOCAB).parameters()) - 6 * tokens * VOCAB * MODEL.hidden_size
-    for sp in (False, True) if world > 1 else (False,):
-        mesh = Mesh.build(Layout(world, world, sp=sp))
-        ways = {"interlace": ours(mesh, world, sp), "torch parallelize_module" if world > 1 else "torch eager": theirs(world, sp)}
-        compare("train_step", ways, truth=true, case={**case, "sp": sp}, rounds=rounds, warmup=1, flops=flops, group=group)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2])
-    args = parser.parse_args()
-    for world in args.worlds:
-        run_ranks(world, bench, world, args.rounds)
-
-
-if __name__ == "__main__":
-    main()
+def ways(case: Case, make: Make) -> Ways:
+    s, world, sp = case.shape, make.world, case.call.endswith("sp")
+    if make.device != "cpu":
+        raise NotImplementedError("train_step is a bench of CPU ranks; use --device cpu")
+    mesh, true = Mesh.build(Layout(world, world, sp=sp)), [truth(s)]
+    parameters = sum(p.numel() for p in GPT(_config(s), vocab_size=s["V"]).parameters()) - s["V"] * s["D"]   # an embedding is no product
+    flops = 2 * s["S"] * s["B"] * s["n"] * parameters / world
+    known = lambda got: true  # noqa: E731
+    return Ways((), lambda: true[0], Way(truth=known, fresh=lambda: ours(s, mesh, world, sp)), {
+        "torch parallelize_module" if world > 1 else "torch eager": Way(truth=known, fresh=lambda: theirs(s, world, sp)),
+        "torch.compile": "left out: ours is not compiled either"},
+        flops=(flops, 2 * flops))

@@ -1,117 +1,258 @@
-"""Timing and bookkeeping shared by bench_<op>.py: several ways to do one thing, interleaved, checked, and written down.
+"""The one place that measures: the ways to compute a case, interleaved, checked, and made into rows.
 
-    compare("rms_norm", {"interlace": ours, "torch": eager}, truth=truth, case={"N": 4096, "D": 1024, "dtype": "float32"})
+    rows = measure("rms_norm", case, ways, device="cpu", roof=roofs.of(...))
 
-Every round runs each way once, in rotating order; the figures are p20 / p50 / p80 over rounds, and the ratio to the first
-way is the median of the ratios within a round, so that a machine that slows down slows all of them. With a group, a round
-starts at a barrier and costs what its slowest rank costs. A row without an error against fp64 truth cannot be made.
+First every way is called twice: its error against fp64 is that of its outputs and gradients, `repeatable` says whether the
+two calls gave the same bits. Then every round times each way once, in rotating order; figures are p20 / p50 / p80 over
+rounds, and the ratio to ours is the median of the ratios within a round, so that a machine that slows down slows all of
+them. With a group a sample starts at a barrier and costs what its slowest rank costs. A row is `noisy` when p80 / p20 is
+over 1.3 or the ratios of the two halves of the run differ by over 10%, `loaded` when others kept the cores busy. A way that
+fails has a row that says how, and the others go on. A row without an error against fp64 cannot be made.
 """
-import datetime
-import json
-import os
-import platform
+import math
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.dispatch import tune_malloc
+from ..kernels.comm import heap_of
+from .cases import Case, Way, Ways
+from .clocks import Clock, clock
+from .provenance import Neighbours
 
-RESULTS = Path(__file__).parent / "results"
+__all__ = ["BOUNDS", "OUT_OF_MEMORY", "SCHEMA", "Prepared", "error", "failure", "measure", "noisy", "prepare", "run_ranks", "seeds",
+           "together"]
+
+SCHEMA = 2                                                            # of a row; 1 had no case, provenance or roof
+BOUNDS = ("gemm alone", "communication alone")
+SPREAD, HALVES = 1.3, 0.10
+OUT_OF_MEMORY = "out of memory"
+Roof = Callable[[Case, int, int, int], tuple[float, str]]             # bytes, FLOPs, link bytes -> (seconds, which binds)
 
 
-def machine() -> str:
-    """A folder name for this machine: GPU or CPU model and core count."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        name = next((ln.split(":")[1] for ln in lines if ln.startswith("model name")), platform.processor() or "cpu")
-        name = f"{name} {os.cpu_count()}c {'avx512' if any('avx512f' in ln for ln in lines) else 'avx2'}"
-    return "-".join("".join(c if c.isalnum() else " " for c in name).split()).lower()
-
-
-def provenance() -> dict[str, Any]:
-    git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()  # noqa: E731
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+dirty" if git("status", "--porcelain") else ""),
-        "python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "command": " ".join(sys.argv),
-    }
+def failure(e: BaseException) -> str:
+    """Why a way has no figures, in one line."""
+    text = " ".join(str(e).split())[:200]
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text or "out of memory" in text.lower():
+        return f"{OUT_OF_MEMORY}: {text or type(e).__name__}"
+    return f"{type(e).__name__}: {text}"
 
 
 def error(got: Any, truth: Any) -> float:
-    """Largest absolute error over the largest true value, over all tensors."""
-    got, truth = ((t,) if isinstance(t, Tensor) else t for t in (got, truth))
+    """Largest absolute error over the largest true value, over all tensors; infinite where got has a NaN that truth has not."""
+    got, truth = ((t,) if isinstance(t, Tensor) else tuple(t) for t in (got, truth))
     worst, scale = 0.0, 0.0
     for g, t in zip(got, truth, strict=True):
-        worst = max(worst, (g.detach().double().cpu() - t.double().cpu()).abs().max().item() if t.numel() else 0.0)
-        scale = max(scale, t.abs().max().item() if t.numel() else 0.0)
+        if g.shape != t.shape:
+            raise ValueError(f"bench: an output must have the shape of the truth, {list(t.shape)}, got {list(g.shape)}")
+        if t.numel():
+            off = (g.detach().to(torch.float64) - t.to(torch.float64)).abs().max().item()
+            worst = max(worst, off if math.isfinite(off) else math.inf)
+            scale = max(scale, t.abs().max().item())
     return worst / scale if scale else worst
 
 
-def compare(op: str, ways: dict[str, Callable[[], Any]], *, truth: Any, case: dict[str, Any], rounds: int = 30,
-            warmup: int = 3, inner: int = 1, nbytes: int = 0, flops: int = 0,
-            group: dist.ProcessGroup | None = None) -> list[dict[str, Any]]:
-    """Time `ways` against one another; each returns a tensor (or a tuple) to hold against `truth`. Rows, ours first.
+def _tuple(out: Any) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else tuple(out)
 
-    inner: calls in a row for one timing, for work shorter than a clock can tell. With a group, only rank 0 writes."""
-    tune_malloc()
-    errors = {name: error(fn(), truth) for name, fn in ways.items()}
-    for _ in range(warmup):
-        for fn in ways.values():
-            fn()
-    names, times = list(ways), {name: [] for name in ways}  # type: ignore[var-annotated]
-    for i in range(rounds):
-        for name in names[i % len(names):] + names[:i % len(names)]:
-            if group is not None:
-                dist.barrier(group)
-            start = time.perf_counter()
-            for _ in range(inner):
-                ways[name]()
-            times[name].append((time.perf_counter() - start) / inner)
-    if group is not None:                                             # a round costs what its slowest rank costs
-        every = torch.tensor([times[n] for n in names], dtype=torch.float64)
+
+def _leaves(inputs: tuple[Any, ...]) -> list[Tensor]:
+    return [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+
+
+def seeds(outs: tuple[Tensor, ...], case: Case) -> list[Tensor]:
+    """Upstream gradients: the same for the same shapes, and exact in the case's type."""
+    made = []
+    for i, o in enumerate(outs):
+        generator = torch.Generator(o.device).manual_seed(77 + i)
+        made.append(torch.randn(o.shape, generator=generator, device=o.device).to(getattr(torch, case.dtype)).to(o.dtype))
+    return made
+
+
+def _whole(fn: Callable[..., Any], inputs: tuple[Any, ...], case: Case) -> tuple[Tensor, ...]:
+    """Outputs, and unless the case is a forward every gradient."""
+    outs, leaves = _tuple(fn(*inputs)), _leaves(inputs)
+    if case.direction == "fwd" or not leaves:
+        return tuple(o.detach() for o in outs)
+    grads = torch.autograd.grad(outs, leaves, seeds(outs, case))
+    return (*(o.detach() for o in outs), *grads)
+
+
+def _timed(fn: Callable[..., Any], inputs: tuple[Any, ...], case: Case) -> Callable[[], Any]:
+    leaves = _leaves(inputs)
+    if case.direction == "fwd" or not leaves:
+        return lambda: fn(*inputs)
+    outs = _tuple(fn(*inputs))
+    upstream, grad = seeds(outs, case), torch.autograd.grad
+    if case.direction == "bwd":
+        return lambda: grad(outs, leaves, upstream, retain_graph=True)
+    return lambda: grad(_tuple(fn(*inputs)), leaves, upstream)
+
+
+@dataclass
+class Prepared:
+    """A way that was called and checked, ready to be timed."""
+    run: Callable[[], Any]
+    error: float
+    repeatable: bool
+    times: list[float] = field(default_factory=list)
+
+
+def prepare(way: Way, ways: Ways, case: Case, truth: dict[int, tuple[Tensor, ...]]) -> Prepared:
+    """Call it twice and hold the results against fp64. truth: kept from way to way by the function that computes it."""
+    inputs = ways.inputs if way.inputs is None else way.inputs
+    functions = [way.fresh(), way.fresh()] if way.fresh is not None else [way.fn, way.fn]
+    got, again = (_whole(fn, inputs, case) for fn in functions)       # type: ignore[arg-type]
+    if any(g.data_ptr() == a.data_ptr() and g.numel() for g, a in zip(got, again)):   # into a buffer of its own
+        got, again = tuple(t.clone() for t in again), _whole(functions[1], inputs, case)   # type: ignore[arg-type]
+    if way.truth is not None:
+        want = tuple(way.truth(got))
+    else:
+        exact = way.exact or (ways.exact if way.inputs is None else way.fn)
+        if id(exact) not in truth:
+            double = tuple(t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, Tensor) and t.is_floating_point() else t
+                           for t in inputs)
+            truth[id(exact)] = _whole(exact, double, case)            # type: ignore[arg-type]
+        want = truth[id(exact)]
+    same = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    return Prepared(_timed(functions[0], inputs, case), error(got, want), same)   # type: ignore[arg-type]
+
+
+def _agree(value: float, group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.MAX) -> float:
+    if group is None:
+        return value
+    t = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(t, op, group)
+    return t.item()
+
+
+def together(why: str, group: dist.ProcessGroup | None) -> str:
+    """The reason of the first rank that has one: a way is timed on all ranks or on none."""
+    if group is None:
+        return why
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, why, group)
+    return next((f"rank {r}: {w}" for r, w in enumerate(every) if w), "")
+
+
+def _prepare_all(ways: Ways, case: Case, group: dist.ProcessGroup | None) -> tuple[dict[str, Prepared], dict[str, str]]:
+    ready: dict[str, Prepared] = {}
+    failed: dict[str, str] = {}
+    truth: dict[int, tuple[Tensor, ...]] = {}
+    for name, way in ways.all().items():
+        if name == BOUNDS[1] and case.direction not in ways.comm_in:
+            continue
+        why, made = "", None
+        try:
+            made = prepare(way, ways, case, truth)
+        except Exception as e:
+            why = failure(e)
+        if why := together(why, group):
+            failed[name] = why
+        elif made is not None:
+            ready[name] = made
+    return ready, failed
+
+
+def _barrier(group: dist.ProcessGroup | None, device: str) -> Callable[[], Any]:
+    if group is None:
+        return lambda: None
+    heap = heap_of(group) if device == "cpu" else None
+    return heap.barrier if heap is not None else lambda: dist.barrier(group)
+
+
+def _time(ready: dict[str, Prepared], budget: float, device: str, group: dist.ProcessGroup | None, rounds: tuple[int, int]) -> int:
+    """Fill in the times; returns calls per sample of the first way."""
+    barrier, names = _barrier(group, device), list(ready)
+    with clock(device) as c:
+        inner, one = _calibrate(ready, c, barrier, group)
+        n = int(_agree(max(rounds[0], min(rounds[1], budget / max(one, 1e-9))), group, dist.ReduceOp.MIN))
+        for i in range(n):
+            for name in names[i % len(names):] + names[:i % len(names)]:
+                barrier()
+                ready[name].times.append(c.sample(ready[name].run, inner[name]))
+    if group is not None:                                             # a sample costs what its slowest rank costs
+        every = torch.tensor([ready[name].times for name in names], dtype=torch.float64)
         dist.all_reduce(every, dist.ReduceOp.MAX, group)
-        times = dict(zip(names, every.tolist()))
-        worst = torch.tensor([errors[n] for n in names], dtype=torch.float64)
-        dist.all_reduce(worst, dist.ReduceOp.MAX, group)
-        errors = dict(zip(names, worst.tolist()))
-    rows = []
-    for name in names:
-        q = statistics.quantiles(times[name], n=10)
-        ratio = statistics.median(t / mine for t, mine in zip(times[name], times[names[0]]))
-        rows.append({"op": op, "way": name, **case, "p20_us": q[1] * 1e6, "p50_us": q[4] * 1e6, "p80_us": q[7] * 1e6,
-                     "n": rounds, "ratio": ratio, "error": errors[name],
-                     "gbps": nbytes / q[4] / 1e9, "gflops": flops / q[4] / 1e9})
-    if group is None or dist.get_rank(group) == 0:
-        _write(op, rows, case)
+        for name, times in zip(names, every.tolist()):
+            ready[name].times = times
+    return inner[names[0]]
+
+
+def _calibrate(ready: dict[str, Prepared], c: Clock, barrier: Callable[[], Any],
+               group: dist.ProcessGroup | None) -> tuple[dict[str, int], float]:
+    """Calls per sample of every way, and the seconds of a round."""
+    inner, one = {}, 0.0
+    for name, p in ready.items():
+        seconds = math.inf
+        for _ in range(3):
+            barrier()
+            seconds = min(seconds, c.sample(p.run))
+        seconds = _agree(seconds, group)
+        inner[name] = c.inner(seconds)
+        one += seconds * inner[name]
+    return inner, one
+
+
+def noisy(times: list[float], ours: list[float]) -> bool:
+    """Whether a second run may tell another story."""
+    q = statistics.quantiles(times, n=10)
+    if q[7] > SPREAD * q[1]:
+        return True
+    half = len(times) // 2
+    a, b = (statistics.median(t / o for t, o in zip(times[s], ours[s])) for s in (slice(0, half), slice(half, None)))
+    return abs(a - b) > HALVES * min(a, b)
+
+
+def measure(op: str, case: Case, ways: Ways, *, device: str = "cpu", budget: float = 1.0, rounds: tuple[int, int] = (9, 100),
+            group: dist.ProcessGroup | None = None, roof: Roof | None = None, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of a case, ours first; the same ones on all ranks. budget: seconds of timing."""
+    around = Neighbours()
+    ready, failed = _prepare_all(ways, case, group)
+    if ready:
+        _time(ready, budget, device, group, rounds)
+    spent = _agree(around.spent(), group, dist.ReduceOp.SUM)
+    cores = _agree(around.cores(spent), group)
+    errors = {name: _agree(p.error, group) for name, p in ready.items()}
+    same = {name: bool(_agree(p.repeatable, group, dist.ReduceOp.MIN)) for name, p in ready.items()}
+    nbytes, flops, link = (ways.cost(c, case.direction) for c in (ways.nbytes, ways.flops, ways.link))
+    shared = {"schema": SCHEMA, "op": op, "case": case.key(), "device": device, "seed": seed, "bytes": nbytes, "flops": flops,
+              "link_bytes": link, "path": ways.path, "busy_cores": round(cores, 2), "loaded": cores > Neighbours.LIMIT, **ways.extra}
+    limit, binds = roof(case, nbytes, flops, link) if roof is not None else (0.0, "")
+    rows = [{**shared, "way": name, "failed": why} for name, why in failed.items()]
+    ours = ready["interlace"].times if "interlace" in ready else None
+    p50 = {name: statistics.median(p.times) for name, p in ready.items()}
+    for name, p in ready.items():
+        q = statistics.quantiles(p.times, n=10)
+        rows.append({
+            **shared, "way": name, "p20_us": q[1] * 1e6, "p50_us": p50[name] * 1e6, "p80_us": q[7] * 1e6, "n": len(p.times),
+            "error": errors[name], "repeatable": same[name],
+            "roof": binds, "roof_percent": 100 * limit / p50[name] if limit and name not in BOUNDS else None,
+            "ratio": statistics.median(t / o for t, o in zip(p.times, ours)) if ours else None,
+            "noisy": noisy(p.times, ours or p.times), "overlap": _overlap(p50, name)})
+    order = list(ways.all())
+    rows.sort(key=lambda r: order.index(r["way"]))
+    rows[0]["absent"] = ways.absent()
     return rows
 
 
-def _write(op: str, rows: list[dict[str, Any]], case: dict[str, Any]) -> None:
-    folder = RESULTS / machine()
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = provenance()
-    with (folder / f"{op}.jsonl").open("a") as f:
-        for row in rows:
-            f.write(json.dumps({**row, **stamp}) + "\n")
-    print(f"{op}  " + "  ".join(f"{k}={v}" for k, v in case.items()))
-    for r in rows:
-        rate = "  ".join(f"{r[k]:8.1f} {u}" for k, u in (("gbps", "GB/s"), ("gflops", "GFLOP/s")) if r[k])
-        print(f"    {r['way']:<24} {r['p50_us']:12.1f} us  [{r['p20_us']:.1f}, {r['p80_us']:.1f}]  "
-              f"{r['ratio']:6.2f}x  error {r['error']:.1e}  {rate}", flush=True)
+def _overlap(p50: dict[str, float], name: str) -> float | None:
+    """The share of the shorter of GEMM and communication that the way hides: (gemm + comm - fused) / min(gemm, comm)."""
+    gemm, comm = (p50.get(b) for b in BOUNDS)
+    if name in BOUNDS or not gemm or not comm:
+        return None
+    return (gemm + comm - p50[name]) / min(gemm, comm)
+
+
+# ---- ranks of a bench that is run by hand ---------------------------------------------------------------------
 
 
 def _rank(rank: int, world: int, path: str, threads: int, fn: Callable, args: tuple) -> None:
+    from ..kernels.dispatch import tune_malloc
     torch.set_num_threads(threads)
     tune_malloc()
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)

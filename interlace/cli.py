@@ -22,6 +22,7 @@ Train a GPT split over several ranks, on CPUs or GPUs. A parallelism is a number
   interlace train tp=2 sp=true                          2 ranks: tensor + sequence parallel
   interlace train --config gpt.yaml --data my_text/     your config, your text
   interlace generate --out runs/default --prompt "def " sample from what was trained
+  interlace bench --quick                               every kernel against its peers, on this machine
 """
 OVERRIDES = """\
 key=value sets a key of the config, on top of --config:
@@ -31,7 +32,7 @@ key=value sets a key of the config, on top of --config:
 Every key with its default is in the config.yaml that a run writes to its --out folder.
 """
 FLAGS = ("--config", "--nproc", "--out", "--data", "--steps", "--prompt", "--tokens", "--temperature", "--top-k",
-         "--seed", "--static", "--accept", "--json")
+         "--seed", "--quick", "--device", "--against", "--threshold", "--explain", "--roofs", "--list", "--static", "--accept", "--json")
 RESUME = "run the same command again to resume"
 
 
@@ -73,17 +74,33 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", metavar="X", type=float, default=0.8, help="0: the likeliest token" + d)
     generate.add_argument("--top-k", metavar="N", type=int, default=50, help="choose among N tokens; 0: all" + d)
     generate.add_argument("--seed", metavar="N", type=int, default=0, help="of the choices" + d)
-    bench = command("bench", "measure the kernels; --static: what the compiler makes of them, without a GPU", """\
-  interlace bench --static
-  interlace bench --static --out report/""", config=False)
-    bench.add_argument("--static", action="store_true", help="registers, spills, 16-byte accesses, time at the roof")
-    bench.add_argument("--out", metavar="DIR", help="static.json goes there (default: the cache folder)")
-    bench.add_argument("--accept", action="store_true", help="--static: make this the golden file of tests/")
+    _bench_flags(command("bench", "time the kernels against their peers; --static: what the compiler makes of them, without a GPU", """\
+  interlace bench --quick
+  interlace bench rms_norm gemm_ar --nproc 2 --explain
+  interlace bench rms_norm --against bench/results/my-machine/rms_norm.jsonl
+  interlace bench --static --out report/""", config=False), d)
     doctor = command("doctor", "say what runs here, on what, and why not on more; test two ranks", """\
   interlace doctor
   interlace doctor --json > report.json""", config=False)
     doctor.add_argument("--json", action="store_true", help="one object on stdout, for a bug report")
     return parser
+
+
+def _bench_flags(bench: argparse.ArgumentParser, d: str) -> None:
+    bench.add_argument("ops", nargs="*", metavar="OP", help="benches to run (default: all; see --list)")
+    bench.add_argument("--quick", action="store_true", help="small shapes, minutes for all of them, no torch.compile")
+    bench.add_argument("--nproc", metavar="N", type=int, help="ranks of the communication ops (default: 2)")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    bench.add_argument("--against", metavar="FILE", help="an older <op>.jsonl of this machine; exit 1 when ours got slower")
+    bench.add_argument("--threshold", metavar="X", type=float, default=1.10, help="time now over time then that is too much" + d)
+    bench.add_argument("--explain", action="store_true", help="tell which path every communication op took, and why")
+    bench.add_argument("--roofs", action="store_true", help="measure this machine's roofs again")
+    bench.add_argument("--list", action="store_true", help="print the benches and stop")
+    bench.add_argument("--out", metavar="DIR", help="rows, roofs and plots go there, of --static static.json (default: rows to "
+                       "bench/results/<machine>, static.json to the cache folder)")
+    bench.add_argument("--seed", metavar="N", type=int, default=0, help="of the random data" + d)
+    bench.add_argument("--static", action="store_true", help="registers, spills, 16-byte accesses, time at the roof; no GPU needed")
+    bench.add_argument("--accept", action="store_true", help="--static: make this the golden file of tests/")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,9 +221,9 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from importlib import import_module  # bench sees all, so nobody imports it by name
-    if not args.static:
-        raise UserError("bench must be told what to do, got no --static; run interlace bench --static")
-    return int(import_module(".bench.static", __package__).main(args.out, accept=args.accept))
+    if args.static:
+        return int(import_module(".bench.static", __package__).main(args.out, accept=args.accept))
+    return int(import_module(".bench.command", __package__).main(args))
 
 
 def _doctor(args: argparse.Namespace) -> int:

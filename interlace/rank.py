@@ -65,7 +65,7 @@ def under_torchrun(target: str, kwargs: dict[str, Any], local_ranks: int) -> int
 def _join_and_call(target: str, kwargs: dict[str, Any], local_ranks: int, **group: Any) -> int:
     import torch
     import torch.distributed as dist
-    accelerator = kwargs.get("config", {}).get("trainer", {}).get("accelerator", "cpu")
+    accelerator = kwargs.get("device") or kwargs.get("config", {}).get("trainer", {}).get("accelerator", "cpu")
     cuda = accelerator != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks
     if cuda:
         torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))

@@ -1,0 +1,30 @@
+"""The benches by name: no torch here, `interlace bench --list` answers at once. A test holds this list against the files."""
+import difflib
+
+from ..parallel.errors import UserError
+
+__all__ = ["OPS", "pick"]
+
+OPS = {                                                               # name of bench_<name>.py -> ranks it runs on, what it holds
+    "rms_norm": ("one", "rms_norm, add_rms_norm"),
+    "layer_norm": ("one", "layer_norm, add_layer_norm"),
+    "swiglu": ("one", "swiglu"),
+    "rope": ("one", "rope on a slice of a fused qkv buffer"),
+    "dropout": ("one", "dropout, whole and a shard"),
+    "cross_entropy": ("one", "cross_entropy"),
+    "collectives": ("many", "all_reduce, all_gather, reduce_scatter, all_to_all"),
+    "gemm_ar": ("many", "gemm_ar, copy_gemm"),
+    "gemm_rs": ("many", "gemm_rs, ag_gemm"),
+    "rs_residual_norm": ("many", "rs_residual_norm with RMSNorm and LayerNorm"),
+    "train_step": ("both", "a training step of a GPT, against torch's tensor parallel"),
+}
+
+
+def pick(names: list[str]) -> list[str]:
+    """The benches to run, all when none is named. Raises: UserError with the nearest names."""
+    for name in names:
+        if name not in OPS:
+            near = difflib.get_close_matches(name, OPS, n=3, cutoff=0.4) or list(OPS)
+            raise UserError(f"bench: an op must be one of those `interlace bench --list` shows, got {name}; "
+                            f"did you mean {' or '.join(near)}?")
+    return list(dict.fromkeys(names)) or list(OPS)

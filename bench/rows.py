@@ -1,0 +1,99 @@
+"""Rows on disk, JSON lines, and what an older file says about a newer one."""
+import json
+from pathlib import Path
+from typing import Any
+
+from ..parallel.errors import UserError
+from .harness import OUT_OF_MEMORY, SCHEMA
+from .provenance import machine
+
+__all__ = ["append", "changes", "key", "read", "read_old"]
+
+Row = dict[str, Any]
+NEEDED = ("op", "way", "case", "machine", "run")
+
+
+def append(folder: Path, op: str, rows: list[Row], run: str, stamp: dict[str, Any]) -> None:
+    """To <folder>/<op>.jsonl, whole lines at once: an interrupted run keeps what it had measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({**row, "machine": machine(), "run": run, "provenance": stamp}) + "\n" for row in rows]
+    with (folder / f"{op}.jsonl").open("a") as f:
+        f.write("".join(lines))
+
+
+def read(folder: Path, op: str, run: str) -> list[Row]:
+    """The rows of one run."""
+    path = folder / f"{op}.jsonl"
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:                                            # a run that was killed amid a line
+            continue
+        if row.get("run") == run:
+            found.append(row)
+    return found
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What makes two rows the same measurement."""
+    return row["op"], row["way"], row.get("device"), *sorted(row["case"].items())
+
+
+def read_old(path: Path) -> dict[tuple[Any, ...], Row]:
+    """The newest row of every measurement in `path`; rows of other versions in it are passed over. Raises: UserError where no
+    row can be compared with those of today, or one is of another machine."""
+    say = f"bench: --against must be a <op>.jsonl of this machine, written by interlace bench, got {path}"
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{say}, which cannot be read: {e}") from None
+    found: dict[tuple[Any, ...], Row] = {}
+    other = ""
+    for i, line in enumerate(filter(str.strip, lines), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError(f"{say}, whose line {i} is not JSON") from None
+        if not isinstance(row, dict) or row.get("schema") != SCHEMA or any(n not in row for n in NEEDED):
+            version = row.get("schema", 1) if isinstance(row, dict) else "?"
+            other = f"{say}, whose line {i} is of version {version}, this interlace writes {SCHEMA}: measure the old commit again"
+            continue
+        if row["machine"] != machine():
+            raise UserError(f"{say}, whose line {i} was measured on {row['machine']}, this is {machine()}: times of two machines "
+                            "say nothing about the code")
+        if "p50_us" in row:
+            found[key(row)] = row
+    if not found:
+        raise UserError(other or f"{say}, which has no figures in it")
+    return found
+
+
+def changes(new: list[Row], old: dict[tuple[Any, ...], Row], threshold: float) -> tuple[list[str], list[str]]:
+    """(what got slower past the threshold, everything that was matched), for our own ways, in words.
+
+    Slower counts when the time grew and also the time relative to torch eager in the same rounds: the machine may have
+    slowed, torch's code has not. An op that had figures and now fails is slower too, unless memory ran out."""
+    eager = {key(r)[:1] + key(r)[2:]: r for r in new if r["way"].startswith("torch eager") and "p50_us" in r}
+    eager_old = {k[:1] + k[2:]: r for k, r in old.items() if r["way"].startswith("torch eager")}
+    slower, all_of_it = [], []
+    for row in new:
+        was = old.get(key(row))
+        if was is None or not row["way"].startswith("interlace"):
+            continue
+        what = f"{row['op']}  {' '.join(str(v) for v in row['case'].values())}"
+        if "p50_us" not in row:
+            if not row["failed"].split(": ", 1)[-1].startswith(OUT_OF_MEMORY) and not row["failed"].startswith(OUT_OF_MEMORY):
+                slower.append(f"{what}: fails now: {row['failed']}")
+            continue
+        by = row["p50_us"] / was["p50_us"]
+        other, other_was = eager.get(key(row)[:1] + key(row)[2:]), eager_old.get(key(row)[:1] + key(row)[2:])
+        relative = by * other_was["p50_us"] / other["p50_us"] if other and other_was else by
+        doubt = " (noisy)" if row["noisy"] or was["noisy"] else ""
+        line = f"{what}: {was['p50_us']:.1f} -> {row['p50_us']:.1f} us, {by:.2f}x, {relative:.2f}x against torch eager{doubt}"
+        all_of_it.append(line)
+        if min(by, relative) > threshold:
+            slower.append(line)
+    return slower, all_of_it
