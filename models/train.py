@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -177,6 +179,7 @@ def train(config: Config, out: str | Path) -> int:
         rows = (Path(out) / "metrics.jsonl").read_text().splitlines() if (Path(out) / "metrics.jsonl").exists() else []
         last = json.loads(rows[-1]) if rows else {}
         made = [n for n in ("metrics.jsonl", "loss.png", "config.yaml", "checkpoints") if (Path(out) / n).exists()]
+        command = "interlace" if shutil.which("interlace") else f"{os.path.relpath(sys.executable)} -m interlace"
         print(f"step {run.step}: loss {last.get('loss', float('nan')):.4f}. In {out}: {', '.join(made)}\n"
-              f"sample from it: interlace generate --out {out} --prompt 'def '", flush=True)
+              f"sample from it: {command} generate --out {out} --prompt 'def '", flush=True)
     return 0
