@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..kernels.dispatch import not_built
@@ -78,7 +81,9 @@ class Run:
     def train(self) -> None:
         c, log, progress = self.config, None, None
         if self.main:
-            (self.out / "config.yaml").write_text(to_yaml(c))
+            new = self.out / ".config.yaml"
+            new.write_text(to_yaml(c))
+            new.replace(self.out / "config.yaml")                     # a full disk leaves the old one
             log, progress = MetricsLog(self.out, step=self.step), Progress(self.out, self.step, c.trainer.max_steps,
                                                                            every=c.trainer.log_every_n_steps)
         self.model.train()
@@ -124,9 +129,9 @@ class Run:
         try:
             checkpoint.save(self.out, self.config, self.model, self.optimizer, self.mesh.tp, step=self.step, samples=self.samples,
                             vocab_size=self.vocab_size, extra={"tokenizer": self.config.data.tokenizer, "data": self.digest})
-        except OSError as e:
-            raise RunError(f"step {self.step}: the checkpoint could not be written to {self.out}: {e.strerror or e}; earlier "
-                           "checkpoints are untouched. Free space, then run the same command again") from e
+        except (OSError, SafetensorError) as e:                       # safetensors tells a full disk in its own words
+            raise RunError(f"step {self.step}: the checkpoint could not be written to {self.out}: {getattr(e, 'strerror', None) or e}; "
+                           "earlier checkpoints are untouched. Free space, then run the same command again") from e
 
 
 def device_of(config: Config) -> torch.device:
@@ -163,11 +168,18 @@ def train(config: Config, out: str | Path) -> int:
         print(f"interlace: the C++ ops are not built here, the slower references run: {why}", file=sys.stderr, flush=True)
     if run.main and run.step == config.trainer.max_steps:
         print(f"{out} is trained to step {run.step} already; raise trainer.max_steps to go on")
-    run.train()
+    try:
+        run.train()
+    except OSError as e:
+        if isinstance(e, TimeoutError):                               # of a collective, not of a file
+            raise
+        raise RunError(f"step {run.step}: --out must be writable during a run, got {e.strerror or e} in {out}; its checkpoints are "
+                       "untouched. Free space, then run the same command again") from e
     if run.main:
         rows = (Path(out) / "metrics.jsonl").read_text().splitlines() if (Path(out) / "metrics.jsonl").exists() else []
         last = json.loads(rows[-1]) if rows else {}
         made = [n for n in ("metrics.jsonl", "loss.png", "config.yaml", "checkpoints") if (Path(out) / n).exists()]
+        command = "interlace" if shutil.which("interlace") else f"{os.path.relpath(sys.executable)} -m interlace"
         print(f"step {run.step}: loss {last.get('loss', float('nan')):.4f}. In {out}: {', '.join(made)}\n"
-              f"sample from it: interlace generate --out {out} --prompt 'def '", flush=True)
+              f"sample from it: {command} generate --out {out} --prompt 'def '", flush=True)
     return 0

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from ranks import run
+from safetensors import SafetensorError
 
 from interlace.models.config import load_config
 from interlace.models.generate import generate, sample
@@ -84,6 +85,25 @@ def test_tied_bf16_gpt2_runs(tmp_path, text):
                "model.hidden_dropout=0.1", "model.attention_dropout=0.1", "trainer.precision=bf16", "trainer.max_steps=12"], tmp_path / "o")
     log = rows(tmp_path / "o")
     assert log[-1]["loss"] < log[0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize("where", ["checkpoint.save_file", "MetricsLog.write", "plot_loss"])
+def test_a_full_disk_stops_with_words_and_keeps_the_checkpoint(tmp_path, text, monkeypatch, where):
+    out = tmp_path / "run"
+    train(load_config(None, [*TINY, *text, "trainer.max_steps=3"]), out)
+    config = (out / "config.yaml").read_text()
+
+    def full(*args, **kwargs):                                        # safetensors tells it in its own words
+        raise (SafetensorError("I/O error: No space left on device") if "save" in where else OSError(28, "No space left on device"))
+    monkeypatch.setattr(f"interlace.models.train.{where}", full)
+    with pytest.raises(RunError, match=r"step 6: .*No space left on device.* untouched\. Free space" if where != "MetricsLog.write"
+                       else r"step 4: --out must be writable"):
+        train(load_config(None, [*TINY, *text, "trainer.max_steps=6"]), out)
+    monkeypatch.undo()
+    assert (out / "checkpoints" / "latest").read_text() == ("step-00000006" if where == "plot_loss" else "step-00000003")
+    assert (out / "config.yaml").read_text() == config.replace("max_steps: 3", "max_steps: 6")
+    _train(0, [*TINY, *text, "trainer.max_steps=6"], out)
+    assert [r["step"] for r in rows(out)] == list(range(1, 7))
 
 
 def test_nan_stops_with_words_and_keeps_the_checkpoint(tmp_path, text):

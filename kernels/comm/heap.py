@@ -253,7 +253,8 @@ def heap_of(group: "dist.ProcessGroup | SymmHeap") -> SymmHeap | None:
         except (HeapUnavailable, OSError) as e:
             if not _warned and dist.get_rank(group) == 0:
                 _warned = True
-                warnings.warn(f"interlace: collectives go through torch.distributed, not shared memory: {e}", stacklevel=3)
+                why = getattr(e, "strerror", None) or e
+                warnings.warn(f"interlace: collectives go through torch.distributed, not shared memory: {why}", stacklevel=3)
     _heaps[key] = heap
     weakref.finalize(group, _heaps.pop, key, None)
     return heap
