@@ -6,6 +6,8 @@
     bench       every op in its GPU sizes, tables and plots                                     200
     sanitizer   compute-sanitizer memcheck and racecheck over the kernels' small cases          100
 
+    --out holds report.md, a log of each part, and bench.tar.gz (rows, roofs, tables, plots), packed anew every 15 s: 6 files
+
 Runs from the source tree (the Makefile builds csrc and puts a link tree on PYTHONPATH; nothing is installed), in under 9
 minutes, and writes each part to --out as it goes, so that a run that is cut short leaves what it had. Exit status 1 when a
 part failed or was cut short; report.md says which.
@@ -16,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -26,7 +29,10 @@ SMALL = ["tests/test_rms_norm.py", "tests/test_layer_norm.py", "tests/test_swigl
          "tests/test_cross_entropy.py"]
 
 
-def commands(out: Path) -> dict[str, tuple[float, list[list[str]]]]:
+MEASURED = ROOT / "build" / "gpu-bench"                               # where the bench writes: some 20 files
+
+
+def commands() -> dict[str, tuple[float, list[list[str]]]]:
     """part -> (seconds at most, commands)."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     checks = [[sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *PYTEST, "-x",
@@ -34,12 +40,34 @@ def commands(out: Path) -> dict[str, tuple[float, list[list[str]]]]:
     return {
         "doctor": (45, [[sys.executable, "-m", "interlace", "doctor"]]),
         "tests": (150, [[*PYTEST, "--durations=10", "tests"]]),
-        "bench": (200, [[sys.executable, "-m", "interlace", "bench", "--device", "cuda", "--quick", "--out", str(out)]]),
+        "bench": (200, [[sys.executable, "-m", "interlace", "bench", "--device", "cuda", "--quick", "--out", str(MEASURED)]]),
         "sanitizer": (100, checks),
     }
 
 
-def run_part(name: str, seconds: float, todo: list[list[str]], log: Path) -> tuple[str, float]:
+def pack(out: Path) -> None:
+    """What the bench has written so far, as one file."""
+    if MEASURED.exists():
+        new = out / ".bench.tar.gz"
+        with tarfile.open(new, "w:gz") as tar:
+            tar.add(MEASURED, "bench")
+        new.replace(out / "bench.tar.gz")
+
+
+def wait(proc: subprocess.Popen, seconds: float, out: Path) -> int:
+    """The exit status; packs what is there meanwhile. Raises: subprocess.TimeoutExpired."""
+    end = time.monotonic() + seconds
+    while True:
+        left = end - time.monotonic()
+        try:
+            return proc.wait(min(15, max(left, 0)))
+        except subprocess.TimeoutExpired:
+            pack(out)
+            if left <= 15:
+                raise
+
+
+def run_part(seconds: float, todo: list[list[str]], log: Path) -> tuple[str, float]:
     """Run the commands one after another into `log`. Returns: "ok", "failed" or "cut short", and the seconds it took."""
     start, verdict = time.monotonic(), "ok"
     with log.open("w") as f:
@@ -56,18 +84,19 @@ def run_part(name: str, seconds: float, todo: list[list[str]], log: Path) -> tup
                 verdict = "failed"
                 continue
             try:
-                verdict = "failed" if proc.wait(left) else verdict
+                verdict = "failed" if wait(proc, left, log.parent) else verdict
             except subprocess.TimeoutExpired:
                 os.killpg(proc.pid, signal.SIGKILL)
                 proc.wait()
                 verdict = "cut short"
+    pack(log.parent)
     return verdict, time.monotonic() - start
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder of the results (default: %(default)s)")
-    parser.add_argument("--part", choices=list(commands(Path())), help="run one part alone")
+    parser.add_argument("--part", choices=list(commands()), help="run one part alone")
     args = parser.parse_args()
     import torch
     if not torch.cuda.is_available():
@@ -75,12 +104,13 @@ def main() -> int:
               file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(MEASURED, ignore_errors=True)
     report = args.out / "report.md"
     lines = [f"# GPU report: {torch.cuda.get_device_name()}, torch {torch.__version__}", "", "| part | result | seconds |", "|---|---|---|"]
     failed = False
-    for name, (seconds, todo) in commands(args.out.resolve()).items():
+    for name, (seconds, todo) in commands().items():
         if args.part in (None, name):
-            verdict, took = run_part(name, seconds, todo, args.out / f"{name}.log")
+            verdict, took = run_part(seconds, todo, args.out / f"{name}.log")
             failed |= verdict != "ok"
             lines.append(f"| {name} | {verdict} | {took:.0f} |")
             report.write_text("\n".join(lines) + "\n")                # after each part: a run cut short leaves this
