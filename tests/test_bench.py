@@ -346,7 +346,7 @@ def test_a_way_with_the_reference_agrees():
 
 def test_ranks(tmp_path):
     """Two ranks: communication, its bounds, the path it took, and the roofs between them."""
-    done = subprocess.run([sys.executable, "-m", "interlace", "bench", "gemm_ar", "--quick", "--explain", "--out", str(tmp_path),
+    done = subprocess.run([sys.executable, "-m", "interlace", "bench", "gemm_ar", "--quick", "--roofs", "--explain", "--out", str(tmp_path),
                            "--device", "cpu"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     found = [json.loads(line) for line in (tmp_path / "gemm_ar.jsonl").read_text().splitlines()]
