@@ -223,6 +223,8 @@ def _bench(args: argparse.Namespace) -> int:
     from importlib import import_module  # bench sees all, so nobody imports it by name
     if args.static:
         return int(import_module(".bench.static", __package__).main(args.out, accept=args.accept))
+    if args.accept:
+        raise UserError("--accept needs --static: it makes that report the golden file; add --static")
     return int(import_module(".bench.command", __package__).main(args))
 
 
