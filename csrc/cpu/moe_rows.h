@@ -1,6 +1,8 @@
 // moe_rows: vectors of the compute type, and whole rows written past the cache
 #pragma once
+#include <array>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -40,10 +42,11 @@ inline vec_t<float> load(const fp16* p) {
 
 inline vec_t<float> pack(float, vec_t<float> v) { return v; }
 inline vec_t<double> pack(double, vec_t<double> v) { return v; }
-inline halves pack(bf16, vec_t<float> v) {
-  const words u = same_bits<words>(v), r = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = (words)(v != v);
-  return __builtin_convertvector((r & ~nan) | (nan & 0x7fc0), halves);
+inline words round_bf16(vec_t<float> v) {  // the upper half of each lane is the bfloat16
+  const words u = same_bits<words>(v), r = u + 0x7fff + ((u >> 16) & 1);
+  return v != v ? words{} + 0x7fc00000 : r;
 }
+inline halves pack(bf16, vec_t<float> v) { return __builtin_convertvector(round_bf16(v) >> 16, halves); }
 inline halves pack(fp16, vec_t<float> v) {
   const words u = same_bits<words>(v), sign = (u >> 16) & 0x8000, m = u & 0x7fffffff;
   const words small = same_bits<words>(same_bits<vec_t<float>>(m) + 0.5f) - 0x3f000000;
@@ -67,6 +70,19 @@ template <bool Past, class V> inline void put(void* p, const V& v) {
   if constexpr (Past && sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), same_bits<__m128i>(v));
 #endif
   std::memcpy(p, &v, sizeof v);
+}
+
+// Two vectors of the compute type to memory as elements of T.
+template <bool Past, class T> inline void put_pair(T* p, const vec_t<acc_t<T>>& a, const vec_t<acc_t<T>>& b) {
+#if defined(__AVX512BW__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    alignas(64) static constexpr auto odd = [] { std::array<uint16_t, 32> i{}; for (int n = 0; n < 32; n++) i[n] = 2 * n + 1; return i; }();
+    const __m512i x = same_bits<__m512i>(round_bf16(a)), y = same_bits<__m512i>(round_bf16(b));
+    return put<Past>(p, _mm512_permutex2var_epi16(x, _mm512_load_si512(odd.data()), y));
+  }
+#endif
+  put<Past>(p, pack(T{}, a));
+  put<Past>(p + kLanes<acc_t<T>>, pack(T{}, b));
 }
 
 inline void fence() {

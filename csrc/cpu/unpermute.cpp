@@ -6,8 +6,6 @@
 
 namespace interlace {
 namespace {
-constexpr int kUnroll = 4;  // vectors of one row held in registers
-
 // The rows a token takes part in, in the order of k; dropped slots are left out, their rows never read.
 template <class T> struct Terms {
   std::vector<const T*> row;
@@ -20,7 +18,7 @@ template <class T> struct Terms {
 template <class T, bool Past> void sum_row(const Terms<T>& terms, const T* const* next, int64_t ahead, T* to, int64_t H) {
   using A = acc_t<T>;
   using V = vec_t<A>;
-  constexpr int L = kLanes<A>, B = L * kUnroll, LINE = 64 / sizeof(T);
+  constexpr int L = kLanes<A>, B = 4 * L, LINE = 64 / sizeof(T);
   int64_t h = 0;
   for (; h + B <= H; h += B) {
     V s0{}, s1{}, s2{}, s3{};
@@ -31,10 +29,8 @@ template <class T, bool Past> void sum_row(const Terms<T>& terms, const T* const
       const A p = terms.p[k];
       s0 += p * load(r), s1 += p * load(r + L), s2 += p * load(r + 2 * L), s3 += p * load(r + 3 * L);
     }
-    put<Past>(to + h, pack(T{}, s0));
-    put<Past>(to + h + L, pack(T{}, s1));
-    put<Past>(to + h + 2 * L, pack(T{}, s2));
-    put<Past>(to + h + 3 * L, pack(T{}, s3));
+    put_pair<Past>(to + h, s0, s1);
+    put_pair<Past>(to + h + 2 * L, s2, s3);
   }
   for (; h < H; h++) {
     A s = 0;
@@ -104,10 +100,8 @@ template <class T, bool Past> acc_t<T> scale_dot(const T* g, const T* y, const T
     for (int64_t i = 0; i < B; i += LINE) prefetch(next + h + i);
     const V g0 = load(g + h), g1 = load(g + h + L), g2 = load(g + h + 2 * L), g3 = load(g + h + 3 * L);
     s0 += g0 * load(y + h), s1 += g1 * load(y + h + L), s2 += g2 * load(y + h + 2 * L), s3 += g3 * load(y + h + 3 * L);
-    put<Past>(dy + h, pack(T{}, p * g0));
-    put<Past>(dy + h + L, pack(T{}, p * g1));
-    put<Past>(dy + h + 2 * L, pack(T{}, p * g2));
-    put<Past>(dy + h + 3 * L, pack(T{}, p * g3));
+    put_pair<Past>(dy + h, V(p * g0), V(p * g1));
+    put_pair<Past>(dy + h + 2 * L, V(p * g2), V(p * g3));
   }
   for (; h < H; h++) {
     dot += up(g[h]) * up(y[h]);
