@@ -1,39 +1,29 @@
-"""permute, into a reused output, against index_select; its backward. `python -m interlace.bench.bench_permute`"""
-from functools import partial
-
-import torch
+"""permute against index_select; the backward sums a token's K rows. `interlace bench permute`"""
+from torch import Tensor
 
 from ..kernels import permute, route_plan
-from .harness import compare
-
-SHAPES = [(8192, 1024, 2, 8), (2048, 1024, 8, 64)]
+from .cases import Case, Make, Ways, grid
 
 
-def main() -> None:
-    for T, H, K, E in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.manual_seed(0)
-            plan = route_plan(torch.rand(T, E).topk(K).indices, E)
-            x, dy = torch.randn(T, H, dtype=dtype), torch.randn(T * K, H, dtype=dtype)
-            token, size = plan.slot_of_row.long() // K, x.element_size()
-            case = {"T": T, "H": H, "K": K, "E": E, "dtype": str(dtype)[6:]}
-            ours, theirs, copy = (torch.empty(T * K, H, dtype=dtype) for _ in range(3))
-            compare("permute", {"interlace": partial(permute, x, plan, out=ours),
-                                "index_select(out=)": partial(torch.index_select, x, 0, token, out=theirs)},
-                    truth=x[token], case={**case, "pass": "fwd"}, nbytes=(1 + K) * T * H * size)
-            compare("permute", {"memcpy": partial(copy.copy_, dy)}, truth=dy, case={**case, "pass": "copy of y"},
-                    nbytes=2 * T * K * H * size)
-
-            def grad(fn, x=x, dy=dy):
-                xs = x.detach().requires_grad_()
-                fn(xs).backward(dy)
-                return xs.grad
-
-            compare("permute", {"interlace": partial(grad, partial(permute, plan=plan)),
-                                "index_select": partial(grad, partial(torch.index_select, dim=0, index=token))},
-                    truth=torch.zeros(T, H, dtype=torch.float64).index_add(0, token, dy.double()),
-                    case={**case, "pass": "fwd+bwd"}, nbytes=2 * (1 + K) * T * H * size)
+def shapes(sweep: str) -> dict[str, dict[str, int]]:
+    """T tokens of H, each to K of E experts."""
+    if sweep == "quick":
+        return {"small": {"T": 512, "H": 512, "K": 2, "E": 8}, "odd": {"T": 333, "H": 129, "K": 3, "E": 13}}
+    T = 16384 if sweep == "cuda" else 2048
+    return {"mixtral": {"T": 4 * T, "H": 1024, "K": 2, "E": 8}, "fine": {"T": T, "H": 1024, "K": 8, "E": 64},
+            "qwen3-30b": {"T": T, "H": 2048, "K": 8, "E": 128}, "odd": {"T": 333, "H": 129, "K": 3, "E": 13}}
 
 
-if __name__ == "__main__":
-    main()
+cases = grid(("permute",), shapes)
+
+
+def ways(case: Case, make: Make) -> Ways:
+    T, H, K, E = (case.shape[k] for k in "THKE")
+    plan = route_plan(make.randn(T, E, grad=False).topk(K).indices, E)
+    token, size = plan.slot_of_row.long() // K, make.dtype.itemsize
+
+    def eager(x: Tensor) -> Tensor:
+        return x.index_select(0, token)
+
+    return Ways((make.randn(T, H),), eager, lambda x: permute(x, plan), {"torch eager": eager, "torch.compile": make.compiled(eager)},
+                nbytes=((1 + K) * T * H * size, (1 + K) * T * H * size), flops=(0, K * T * H))

@@ -1,35 +1,40 @@
-"""route_plan against argsort + inverse + bincount. `python -m interlace.bench.bench_route_plan`"""
-from functools import partial
-
+"""route_plan against argsort + inverse + bincount, the composition that models use today. `interlace bench route_plan`"""
 import torch
+from torch import Tensor
 
 from ..kernels import route_plan
-from .harness import compare
-
-SHAPES = [(8192, 2, 8), (2048, 8, 64)]
+from .cases import Case, Make, Ways, grid
 
 
-def sort_plan(ids: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(row of slot, slot of row, rows per expert), as the torch compositions of today make them."""
+def shapes(sweep: str) -> dict[str, dict[str, int]]:
+    if sweep == "quick":
+        return {"small": {"T": 1024, "K": 2, "E": 8}, "odd": {"T": 333, "K": 3, "E": 13}}
+    T = 16384 if sweep == "cuda" else 2048
+    return {"mixtral": {"T": 4 * T, "K": 2, "E": 8}, "qwen3-30b": {"T": T, "K": 8, "E": 128}, "fine": {"T": T, "K": 8, "E": 64},
+            "odd": {"T": 333, "K": 3, "E": 13}}
+
+
+cases = grid(("route_plan",), shapes, passes=("fwd",), dtypes=("float32",))
+
+
+def sort_plan(ids: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row of slot, slot of row, rows per expert)."""
     flat = ids.flatten()
     order = flat.argsort(stable=True)
     row = torch.empty_like(order)
-    row[order] = torch.arange(order.numel())
+    row[order] = torch.arange(order.numel(), device=ids.device)
     return row, order, torch.bincount(flat, minlength=E)
 
 
-def main() -> None:
-    for T, K, E in SHAPES:
-        torch.manual_seed(0)
-        ids = torch.rand(T, E).topk(K).indices                        # K different experts a token
+def ways(case: Case, make: Make) -> Ways:
+    T, K, E = (case.shape[k] for k in "TKE")
+    ids = make.randn(T, E, grad=False).topk(K).indices                # K different experts a token
 
-        def ours(ids=ids, E=E):
-            plan = route_plan(ids, E)
-            return plan.row_of_slot.flatten(), plan.slot_of_row, plan.counts
+    def ours(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        plan = route_plan(ids, E)
+        return plan.row_of_slot.flatten(), plan.slot_of_row, plan.counts
 
-        compare("route_plan", {"interlace": ours, "argsort+inverse+bincount": partial(sort_plan, ids, E)},
-                truth=sort_plan(ids, E), case={"T": T, "K": K, "E": E}, nbytes=20 * T * K, inner=5)
+    def composed(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return sort_plan(ids, E)
 
-
-if __name__ == "__main__":
-    main()
+    return Ways((ids,), composed, ours, {"torch eager": composed}, nbytes=(20 * T * K, 0))

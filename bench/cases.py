@@ -144,7 +144,8 @@ def grid(calls: tuple[str, ...], shapes: Shapes, passes: tuple[str, ...] = PASSE
         every = [Case(call, name, shape, dtype, p, world)
                  for call in calls for name, shape in sizes.items() for dtype in dtypes for p in passes]
         if sweep == "quick-cuda":
-            return [c for c in every if (c.dtype == dtypes[-1]) + (c.direction == passes[-1]) + (c.name == "llama-8b") >= 2]
+            whole = "llama-8b" if "llama-8b" in sizes else next(iter(sizes))
+            return [c for c in every if (c.dtype == dtypes[-1]) + (c.direction == passes[-1]) + (c.name == whole) >= 2]
         if sweep != "quick":
             return every
         first = next(iter(sizes))

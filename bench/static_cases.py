@@ -23,7 +23,8 @@ def _module(name: str) -> Any:                                        # by path:
     return import_module(f"..kernels.{name}", __package__)
 
 
-RMS, LN, SWIGLU, ROPE, CE, DROPOUT = map(_module, ("rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout"))
+RMS, LN, SWIGLU, ROPE, CE, DROPOUT, PLAN, PERMUTE, UNPERMUTE = map(_module, (
+    "rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout", "route_plan", "permute", "unpermute"))
 Launch = Callable[[torch.dtype], object]
 Floor = Callable[[int], float]
 
@@ -110,7 +111,28 @@ def _dropout(N: int, D: int) -> list[Case]:
     return [case(f"{N}x{D}", N * D, (N, D), (D, 1)), case(f"shard {N}x{D // 8}", N * D // 8, (N, D // 8), (D, 1))]
 
 
+def _moe(T: int, H: int, K: int, E: int) -> list[Case]:
+    """Qwen3-30B: 128 experts, 8 of them a token. The plan has no dtype: its ids are int64, its maps int32."""
+    x, rows, size = lambda dt: _new(T, H, dtype=dt), lambda dt: _new(T * K, H, dtype=dt), f"{T}x{H} {K} of {E}"
+    row, slot = lambda: _new(T, K, dtype=torch.int32), lambda: _new(T * K, dtype=torch.int32)
+    move: Floor = lambda s: (1 + K) * T * H * s + 8 * T * K                                   # noqa: E731
+    return [
+        Case("route_plan", size, lambda dt: PLAN._launch(_new(T, K, dtype=torch.int64), None, E, 1, -1, False),
+             {"_count_kernel": lambda s: 8 * T * K, "_scan_kernel": lambda s: 4 * T * K, "_place_kernel": lambda s: 16 * T * K}),
+        Case("permute", size, lambda dt: PERMUTE._launch_fwd(x(dt), None, row(), slot()), {"_kernel": move}),
+        Case("permute", f"probs {size}", lambda dt: PERMUTE._launch_fwd(x(dt), _new(T, K), row(), slot()),
+             {"_kernel": lambda s: move(s) + 8 * T * K}),
+        Case("unpermute", f"probs {size}", lambda dt: UNPERMUTE._launch_fwd(rows(dt), _new(T, K), None, None, row(), slot()),
+             {"_fwd_kernel": lambda s: move(s) + 4 * T * K}, 2 * T * K * H),
+        Case("unpermute", f"probs residual {size}", lambda dt: UNPERMUTE._launch_fwd(rows(dt), _new(T, K), x(dt), x(dt), row(), slot()),
+             {"_fwd_kernel": lambda s: move(s) + 2 * T * H * s + 4 * T * K}, 2 * T * K * H),
+        Case("unpermute", size, lambda dt: UNPERMUTE._launch_bwd(x(dt), rows(dt), _new(T, K), row(), slot()),
+             {"_bwd_kernel": lambda s: (1 + 2 * K) * T * H * s + 16 * T * K}, 3 * T * K * H),
+    ]
+
+
 CASES: list[Case] = [
     *_norms(8192, 8192), *_norms(8192, 12288), *_swiglu(8192, 28672), *_rope(4096, 2, 64, 128),
     *_cross_entropy(8192, 128256 // 8), *_dropout(8192, 8192),
+    *_moe(16384, 2048, 8, 128),
 ]
