@@ -5,7 +5,7 @@ import torch.distributed as dist
 from budget import DTYPES
 from ranks import run
 
-from interlace.kernels.comm import all_reduce, copy_gemm, gemm_ar, gemm_ar_ref, heap_of
+from interlace.kernels.comm import SymmHeap, all_reduce, copy_gemm, gemm_ar, gemm_ar_ref, heap_of
 
 SHAPES = [(5, 3, 7), (64, 96, 40), (2, 1, 1), (0, 4, 6), (700, 33, 900)]   # M, K per rank, N; the last is over a heap slot
 
@@ -64,10 +64,24 @@ def test_copy_gemm():
 
 
 def _staged(rank):
-    """The product goes through the heap: with the heap's collectives broken, the op must notice."""
-    assert heap_of(dist.group.WORLD) is not None, "these tests are meant to run over the heap"
-    xs, ws, _ = _data(rank, 2, (64, 96, 40))
-    torch.testing.assert_close(gemm_ar(xs[rank], ws[rank], dist.group.WORLD), gemm_ar_ref(xs[rank], ws[rank], dist.group.WORLD))
+    """The product is written into the heap, once where it fits a slot and block by block where it does not."""
+    group, asked, stage = dist.group.WORLD, [], SymmHeap.stage
+    heap = heap_of(group)
+    assert heap is not None, "these tests are meant to run over the heap"
+
+    def counted(self, shape, dtype):
+        asked.append(stage(self, shape, dtype))
+        return asked[-1]
+    SymmHeap.stage = counted
+    try:
+        for shape, blocks in (((64, 96, 40), 1), ((700, 33, 900), 2)):
+            xs, ws, _ = _data(rank, 2, shape)
+            asked.clear()
+            got = gemm_ar(xs[rank], ws[rank], group)
+            assert len(asked) == blocks and all(t is not None for t in asked), f"{shape}: staged {len(asked)} blocks"
+            torch.testing.assert_close(got, gemm_ar_ref(xs[rank], ws[rank], group))
+    finally:
+        SymmHeap.stage = stage
 
 
 def test_goes_over_the_heap():
