@@ -49,6 +49,9 @@ Positive = Annotated[float, Range(above=0)]
 PositiveOrZero = Annotated[float, Range(lo=0)]
 Probability = Annotated[float, Range(lo=0, below=1)]
 Seed = Annotated[int, Range(lo=0, below=2**32)]
+Schedule = Annotated[Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"], Spelled((
+    ("GPipe", "gpipe"), ("1F1B", "1f1b"), ("Interleaved1F1B", "interleaved_1f1b"),
+    ("InterleavedZeroBubble", "interleaved_zero_bubble"), ("ZBVZeroBubble", "zbv_zero_bubble")))]
 Precision = Annotated[Literal["fp32", "bf16", "float64"], Spelled((
     ("32", "fp32"), ("32-true", "fp32"), ("float32", "fp32"), ("bf16-mixed", "bf16"), ("bfloat16", "bf16"),
     ("64", "float64"), ("64-true", "float64"), ("fp64", "float64")))]
@@ -96,7 +99,10 @@ class ModelConfig(_Checked):
     tensor_model_parallel_size: Count = 1                       # tp: ranks that share one layer
     sequence_parallel: bool = False                             # sp: split norms and dropout over the sequence; tp > 1
     pipeline_model_parallel_size: Count = 1                     # pp: stages
-    virtual_pipeline_model_parallel_size: Count | None = None   # vpp: model chunks of one stage
+    virtual_pipeline_model_parallel_size: Count | None = None   # vpp: chunks (stages) of one pp rank
+    pipeline_parallel_schedule: Schedule | None = None          # None: 1f1b, or interleaved_1f1b with vpp > 1
+    num_layers_in_first_pipeline_stage: Count | None = None     # None: spread evenly
+    num_layers_in_last_pipeline_stage: Count | None = None      # None: spread evenly
     expert_model_parallel_size: Count = 1                       # ep: ranks that share one layer's experts
     num_moe_experts: Count | None = None                        # experts of a layer; None: a dense model
     moe_router_topk: Count = 2                                  # experts one token goes to
@@ -114,6 +120,16 @@ class ModelConfig(_Checked):
     def query_groups(self) -> int:
         """num_query_groups with its default filled in."""
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def chunks(self) -> int:
+        """Stages of one pp rank."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def schedule(self) -> str:
+        """pipeline_parallel_schedule with its default filled in."""
+        return self.pipeline_parallel_schedule or ("1f1b" if self.chunks == 1 else "interleaved_1f1b")
 
     @property
     def head_dim(self) -> int:

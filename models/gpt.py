@@ -10,6 +10,7 @@ Legend  S sequence, B micro-batch, D hidden, H query heads, Hkv key / value head
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels import add_layer_norm, add_rms_norm, dropout, layer_norm, rms_norm, rope, rope_tables, swiglu
 from ..kernels.comm import rs_residual_norm
+from ..parallel.deferred import Deferred
+from ..parallel.layout import stage_layers, stages_of_rank
 from ..parallel.mesh import Axis, Mesh
 from ..parallel.sharding import init_parameters, replicated, set_pieces
 from ..parallel.tensor_parallel import (
@@ -151,33 +154,44 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. Args: cfg; mesh (default: one process); vocab_size: real size of the vocabulary; seed of weights and dropout.
+    """The model, or this rank's stages of it. Args: cfg; mesh (default: one process); vocab_size: real size of the vocabulary;
+    seed of weights and dropout.
 
     Forward: ids, labels [B, S] int64 -> mean loss (0-d, fp32 or fp64). first_sample: place of the batch in the global order
-    of samples, which dropout masks depend on.
+    of samples, which dropout masks depend on. With pp > 1 `stages` gives the parts that `Pipeline` runs.
     """
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh | None = None, *, vocab_size: int, seed: int = 0,
                  dtype: torch.dtype = torch.float32):
         super().__init__()
-        tp = (mesh or Mesh()).tp
-        self.cfg, self.tp, self.vocab_size = cfg, tp, vocab_size
-        self.embed_tokens = VocabParallelEmbedding(
-            vocab_size, cfg.hidden_size, tp=tp, rows=padded_vocab(cfg, vocab_size, tp.size) // tp.size, dtype=dtype,
-            sequence_parallel=cfg.sequence_parallel, init_std=cfg.init_method_std)
-        self.position_embeddings = None
-        if cfg.position_embedding_type == "learned_absolute":
-            table = torch.empty(cfg.seq_length, cfg.hidden_size, dtype=dtype)
-            self.position_embeddings = nn.Parameter(table)            # [S, D] on every rank
-            set_pieces(self.position_embeddings, replicated(tuple(table.shape), tp, cfg.sequence_parallel), std=cfg.init_method_std)
+        mesh = mesh or Mesh()
+        tp = mesh.tp
+        self.cfg, self.tp, self.vocab_size, self.dtype = cfg, tp, vocab_size, dtype
+        layers = stage_layers(cfg)
+        self.plan = {i: layers[i] for i in stages_of_rank(cfg, mesh.pp.rank)}                          # stage -> its layers
+        self.first, self.last = 0 in self.plan, len(layers) - 1 in self.plan
+        tied = cfg.share_embeddings_and_output_weights
+        self.embed_tokens = self.position_embeddings = self.norm = self.lm_head = None
+
+        def table() -> VocabParallelEmbedding:
+            return VocabParallelEmbedding(
+                vocab_size, cfg.hidden_size, tp=tp, rows=padded_vocab(cfg, vocab_size, tp.size) // tp.size, dtype=dtype,
+                sequence_parallel=cfg.sequence_parallel, init_std=cfg.init_method_std)
+        if self.first or (self.last and tied):
+            self.embed_tokens = table()
+        if self.first and cfg.position_embedding_type == "learned_absolute":
+            positions = torch.empty(cfg.seq_length, cfg.hidden_size, dtype=dtype)
+            self.position_embeddings = nn.Parameter(positions)        # [S, D] on every rank
+            set_pieces(self.position_embeddings, replicated(tuple(positions.shape), tp, cfg.sequence_parallel), std=cfg.init_method_std)
         self.dropout = Dropout(cfg.hidden_dropout, "embed_tokens.dropout", seed)
-        self.layers = nn.ModuleList(Block(cfg, tp, i, seed, dtype) for i in range(cfg.num_layers))
-        self.norm = Norm(cfg, tp, dtype)
-        self.lm_head = ParallelHead(self.embed_tokens, tied=cfg.share_embeddings_and_output_weights, init_std=cfg.init_method_std)
+        self.layers = nn.ModuleDict({str(i): Block(cfg, tp, i, seed, dtype) for mine in self.plan.values() for i in mine})
+        if self.last:
+            self.norm = Norm(cfg, tp, dtype)
+            self.lm_head = ParallelHead(self.embed_tokens or table(), tied=tied, init_std=cfg.init_method_std)
         init_parameters(self, seed)
 
-    def hidden(self, ids: Tensor, first_sample: int = 0) -> Tensor:
-        """ids [B, S] -> the normalised output of the last layer, [S/t, B, D]"""
+    def embed(self, ids: Tensor, first_sample: int = 0) -> Tensor:
+        """ids [B, S] -> h [S/t, B, D]"""
         cfg, S = self.cfg, ids.shape[1]
         if cfg.seq_length < S and self.position_embeddings is not None:
             raise ValueError(f"GPT: at most {cfg.seq_length} positions were learned, got a sequence of {S}; shorten it")
@@ -185,21 +199,58 @@ class GPT(nn.Module):
         if self.position_embeddings is not None:
             at = self.tp.rank * h.shape[0] if cfg.sequence_parallel else 0
             h = h + self.position_embeddings[at:at + h.shape[0]].unsqueeze(1)
-        h = self.dropout(h, *hidden_place(cfg, self.tp, first_sample))
-        tables = None
+        return self.dropout(h, *hidden_place(cfg, self.tp, first_sample))
+
+    def run(self, h: Tensor, layers: Iterable[int], first_sample: int = 0) -> Tensor:
+        """h [S/t, B, D] through some of the layers."""
+        cfg, tables = self.cfg, None
         if cfg.position_embedding_type == "rope":
+            S = h.shape[0] * (self.tp.size if cfg.sequence_parallel else 1)
             dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
             tables = rope_tables(torch.arange(S, device=h.device), cfg.head_dim, cfg.rotary_base, dtype, h.device)
-        for layer in self.layers:
+        for i in layers:
+            layer = self.layers[str(i)]
             if cfg.recompute_granularity == "full" and self.training:
                 h = checkpoint(layer, h, tables, first_sample, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = layer(h, tables, first_sample)
-        return self.norm(h)
+        return h
+
+    def hidden(self, ids: Tensor, first_sample: int = 0) -> Tensor:
+        """ids [B, S] -> the normalised output of the last layer, [S/t, B, D]"""
+        return self.norm(self.run(self.embed(ids, first_sample), range(self.cfg.num_layers), first_sample))
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The normalised output of the last layer, labels [B, S] -> mean loss (0-d)"""
+        return vocab_parallel_cross_entropy(self.lm_head(hidden), labels.t(), self.tp, num_embeddings=self.vocab_size).mean()
 
     def forward(self, ids: Tensor, labels: Tensor, first_sample: int = 0) -> Tensor:
-        logits = self.lm_head(self.hidden(ids, first_sample))         # [S, B, V/t]
-        return vocab_parallel_cross_entropy(logits, labels.t(), self.tp, num_embeddings=self.vocab_size).mean()
+        return self.loss(self.hidden(ids, first_sample), labels)
+
+    def stages(self) -> dict[int, nn.Module]:
+        return {i: Stage(self, i) for i in self.plan}
+
+
+class Stage(nn.Module):
+    """One stage as a module of its own, over parameters that stay the model's: (ids or h), labels, first_sample -> h, or in the last
+    stage the loss, [1]. loss_scale: of the loss, 1 / micro-batches of a step."""
+
+    def __init__(self, model: GPT, index: int):
+        super().__init__()
+        object.__setattr__(self, "model", model)                      # not a submodule: parameters have one name
+        self.index, self.is_first, self.is_last = index, index == 0, model.last and index == max(model.plan)
+        self.loss_scale = 1.0
+
+    def defer(self, deferred: Deferred | None) -> None:
+        """Leave weight gradients of the linear layers to `deferred`."""
+        mine = [self.model.layers[str(i)] for i in self.model.plan[self.index]] + ([self.model.lm_head] if self.is_last else [])
+        for layer in (layer for part in mine for layer in part.modules() if hasattr(layer, "deferred")):
+            layer.deferred = deferred
+
+    def forward(self, x: Tensor, *, labels: Tensor, first_sample: Tensor) -> Tensor:
+        model, first = self.model, int(first_sample)
+        h = model.run(model.embed(x, first) if self.is_first else x, model.plan[self.index], first)
+        return (model.loss(model.norm(h), labels) * self.loss_scale).view(1) if self.is_last else h
 
 
 def hidden_place(cfg: ModelConfig, tp: Axis, first_sample: int) -> tuple[int, tuple[int, int, int]]:
@@ -220,4 +271,4 @@ def _output_std(cfg: ModelConfig) -> float:
     return cfg.init_method_std / (2 * cfg.num_layers) ** 0.5
 
 
-__all__ = ["GPT", "MLP", "Attention", "Block", "Dropout", "Norm", "hidden_place", "padded_vocab"]
+__all__ = ["GPT", "MLP", "Attention", "Block", "Dropout", "Norm", "Stage", "hidden_place", "padded_vocab"]

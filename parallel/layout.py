@@ -9,6 +9,7 @@ that a message proposes has passed the same rules.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,45 @@ class Layout:
     def _of(cls, m: ModelConfig, world: int) -> Layout:
         return cls(world, m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.expert_model_parallel_size,
                    m.virtual_pipeline_model_parallel_size, m.sequence_parallel)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A pipeline schedule of torch.distributed.pipelining. chunked: a rank holds several stages; v_shaped: two, folded as a V;
+    split_backward: the weights' gradients are computed apart from the input's."""
+    torch_name: str
+    chunked: bool = False
+    v_shaped: bool = False
+    split_backward: bool = False
+
+
+SCHEDULES = {"gpipe": Schedule("ScheduleGPipe"), "1f1b": Schedule("Schedule1F1B"),
+             "interleaved_1f1b": Schedule("ScheduleInterleaved1F1B", chunked=True),
+             "interleaved_zero_bubble": Schedule("ScheduleInterleavedZeroBubble", chunked=True, split_backward=True),
+             "zbv_zero_bubble": Schedule("ScheduleZBVZeroBubble", chunked=True, v_shaped=True, split_backward=True)}
+
+
+def stage_layers(m: ModelConfig) -> list[range]:
+    """The layers of every stage, in order: as even as can be, and where it is not, the first stage (it embeds) and above all the
+    last (it holds the head) get fewer. num_layers_in_{first,last}_pipeline_stage set theirs."""
+    stages = m.pipeline_model_parallel_size * m.chunks
+    counts: list[int | None] = [None] * stages
+    if stages > 1:
+        counts[0], counts[-1] = m.num_layers_in_first_pipeline_stage, m.num_layers_in_last_pipeline_stage
+    open_ = [i for i in range(stages) if counts[i] is None]
+    base, extra = divmod(m.num_layers - sum(c for c in counts if c is not None), max(1, len(open_)))
+    favoured = sorted(open_, key=lambda i: (i == stages - 1, i == 0, i))[:extra]
+    sizes = [base + (i in favoured) if (c := counts[i]) is None else c for i in range(stages)]
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [range(a, b) for a, b in itertools.pairwise(ends)]
+
+
+def stages_of_rank(m: ModelConfig, rank: int) -> list[int]:
+    """The stages that rank `rank` of pp holds: r, r + pp, r + 2 pp, ..., or r and 2 pp - 1 - r under a V-shaped schedule."""
+    pp = m.pipeline_model_parallel_size
+    if SCHEDULES[m.schedule].v_shaped:
+        return [rank, 2 * pp - 1 - rank]
+    return [rank + c * pp for c in range(m.chunks)]
 
 
 Rule = Callable[["ModelConfig", Layout], "str | None"]
@@ -209,9 +249,26 @@ def _sequence(m: ModelConfig, at: Layout) -> str | None:
 
 
 def _layers(m: ModelConfig, at: Layout) -> str | None:
-    if m.num_layers % at.pp == 0:
+    stages = at.pp * m.chunks
+    if at.pp == 1 or m.num_layers >= stages:
         return None
-    return f"num_layers must be a multiple of {PP} (stages of equal depth), got {m.num_layers} and {at.pp}"
+    return (f"num_layers must be at least {PP} x {VPP} (a stage holds one layer or more), "
+            f"got {m.num_layers} and {at.pp} x {m.chunks} = {stages}")
+
+
+def _ends(m: ModelConfig, at: Layout) -> str | None:
+    ends = {f"num_layers_in_{e}_pipeline_stage": n for e, n in (("first", m.num_layers_in_first_pipeline_stage),
+                                                              ("last", m.num_layers_in_last_pipeline_stage)) if n is not None}
+    if not ends or _layers(m, at):
+        return None
+    if at.pp == 1:
+        return f"{' and '.join(ends)} need {PP} > 1, got {at.pp}"
+    between, rest = at.pp * m.chunks - len(ends), m.num_layers - sum(ends.values())
+    if rest >= between if between else rest == 0:
+        return None
+    return (f"{' + '.join(ends)} must leave a layer for each of the {between} stages between, "
+            f"got {' + '.join(map(str, ends.values()))} of {m.num_layers}" if between else
+            f"{' + '.join(ends)} must be num_layers with two stages, got {' + '.join(map(str, ends.values()))} and {m.num_layers}")
 
 
 def _vpp_alone(m: ModelConfig, at: Layout) -> str | None:
@@ -220,11 +277,29 @@ def _vpp_alone(m: ModelConfig, at: Layout) -> str | None:
     return f"{VPP} needs {PP} > 1 (it cuts each stage into chunks), got {at.vpp} and {at.pp}"
 
 
-def _vpp(m: ModelConfig, at: Layout) -> str | None:
-    if at.vpp is None or at.pp == 1 or _layers(m, at) or m.num_layers % (at.pp * at.vpp) == 0:
+def _schedule(m: ModelConfig, at: Layout) -> str | None:
+    word, kind = m.pipeline_parallel_schedule, SCHEDULES[m.schedule]
+    if at.pp == 1:
+        return f"pipeline_parallel_schedule needs {PP} > 1, got {word} and {at.pp}" if word else None
+    if kind.v_shaped and m.chunks != 2:
+        return f"{VPP} must be 2 under {m.schedule} (each rank holds two stages of the V), got {m.chunks}"
+    if kind.chunked and m.chunks == 1:
+        return f"{VPP} must be at least 2 under {m.schedule} (several chunks a rank), got {m.chunks}"
+    if not kind.chunked and m.chunks > 1:
+        return f"{VPP} must be 1 under {m.schedule} (one stage a rank), got {m.chunks}"
+    return None
+
+
+def _microbatches(m: ModelConfig, at: Layout) -> str | None:
+    if at.pp == 1 or not at.whole or _batch(m, at):
         return None
-    return (f"num_layers must be a multiple of {PP} x {VPP} (chunks of equal depth), "
-            f"got {m.num_layers} and {at.pp} x {at.vpp} = {at.pp * at.vpp}")
+    n, per = m.global_batch_size // (m.micro_batch_size * at.dp), f"global_batch_size / (micro_batch_size x {at.dp})"
+    if n < at.pp and m.schedule == "1f1b":
+        return f"the micro-batches of a step must be at least {PP} under 1f1b, got {n} = {per} and {at.pp}"
+    if m.schedule.startswith("interleaved") and n % max(1, n // at.pp):
+        return (f"the micro-batches of a step must fill whole rounds of {PP} under {m.schedule}, got {n} = {per} "
+                f"in {n // at.pp} rounds of {at.pp}")
+    return None
 
 
 def _batch(m: ModelConfig, at: Layout) -> str | None:
@@ -272,10 +347,6 @@ def _no_dp(m: ModelConfig, at: Layout) -> str | None:
             f"got {RANKS} {at.world} and {at.tp} x {at.pp} = {at.tp * at.pp}")
 
 
-def _no_pp(m: ModelConfig, at: Layout) -> str | None:
-    return f"pipeline parallelism is not in this version: {PP} must be 1, got {at.pp}" if at.pp > 1 else None
-
-
 def _no_moe(m: ModelConfig, at: Layout) -> str | None:
     if m.num_moe_experts is None:
         return None
@@ -293,15 +364,16 @@ RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {                    # name: it
     "even head": (_rope, ("kv_channels",)),
     "ffn over tp": (_ffn, ("ffn_hidden_size", TP)),
     "sequence over tp": (_sequence, ("seq_length", TP)),
-    "layers over pp": (_layers, (PP, "num_layers")),
+    "layers over pp": (_layers, (PP, VPP, "num_layers")),
+    "first and last stage": (_ends, (PP, "num_layers")),
     "vpp without pp": (_vpp_alone, (VPP,)),
-    "layers over vpp": (_vpp, (VPP, "num_layers")),
+    "schedule": (_schedule, (VPP, PP)),
     "batch": (_batch, ("global_batch_size", "micro_batch_size")),
+    "micro-batches": (_microbatches, ("global_batch_size", "micro_batch_size", PP)),
     "ep over stage": (_ep, (EP,)),
     "ep without experts": (_ep_dense, (EP,)),
     "experts over ep": (_experts, (EP, "num_moe_experts")),
     "topk": (_topk, ("moe_router_topk", "num_moe_experts")),
     "no dp": (_no_dp, (RANKS, TP)),
-    "no pp": (_no_pp, (PP,)),
     "no moe": (_no_moe, ()),
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..kernels import cross_entropy
 from ..kernels.comm import ag_gemm, copy_gemm, gemm_ar, gemm_rs
+from . import deferred
 from .collectives import reduce_from, reduce_scatter_to, stack_from
 from .mesh import Axis
 from .sharding import Piece, init_parameters, padded, pieces_of, replicated, set_pieces, split
@@ -32,6 +33,8 @@ class ColumnParallelLinear(nn.Module):
         sequence_parallel: x is this rank's part of the sequence (dim 0), gathered before the product.
     Raises: ValueError when the features do not divide over tp.
     """
+
+    deferred: deferred.Deferred | None = None                         # of a zero-bubble pipeline
 
     def __init__(self, in_features: int, out_features: int = 0, *, tp: Axis, bias: bool = False, sequence_parallel: bool = False,
                  parts: dict[str, tuple[int, int]] | None = None, init_std: float = 0.02, dtype: torch.dtype | None = None,
@@ -52,7 +55,8 @@ class ColumnParallelLinear(nn.Module):
         init_parameters(self, seed=0)
 
     def forward(self, x: Tensor) -> Tensor:                           # [S(/t), B, D_in] -> [S, B, D_out/t]
-        y = (ag_gemm if self.sequence_parallel else copy_gemm)(x, self.weight, self.tp.group)
+        y = deferred.linear(ag_gemm if self.sequence_parallel else copy_gemm, x, self.weight, self.tp.group, self.deferred,
+                            gather_x=self.sequence_parallel)
         return y if self.bias is None else y + self.bias
 
 
@@ -62,6 +66,8 @@ class RowParallelLinear(nn.Module):
     Args: as ColumnParallelLinear; with sequence_parallel the output is this rank's part of the sequence.
     Raises: ValueError when in_features does not divide over tp.
     """
+
+    deferred: deferred.Deferred | None = None                         # of a zero-bubble pipeline
 
     def __init__(self, in_features: int, out_features: int, *, tp: Axis, bias: bool = False, sequence_parallel: bool = False,
                  init_std: float = 0.02, dtype: torch.dtype | None = None, device: torch.device | str | None = None):
@@ -77,12 +83,13 @@ class RowParallelLinear(nn.Module):
         init_parameters(self, seed=0)
 
     def forward(self, x: Tensor) -> Tensor:                           # [S, B, D_in/t] -> [S(/t), B, D_out]
-        y = (gemm_rs if self.sequence_parallel else gemm_ar)(x, self.weight, self.tp.group)
+        y = deferred.linear(gemm_rs if self.sequence_parallel else gemm_ar, x, self.weight, self.tp.group, self.deferred,
+                            gather_dy=self.sequence_parallel)
         return y if self.bias is None else y + self.bias
 
     def partial(self, x: Tensor) -> Tensor:
         """This rank's term of the sum, bias left out, for an op that reduces: [S, B, D_in/t] -> [S, B, D_out]."""
-        return copy_gemm(x, self.weight, None)
+        return deferred.linear(copy_gemm, x, self.weight, None, self.deferred)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -117,6 +124,8 @@ class VocabParallelEmbedding(nn.Module):
 class ParallelHead(nn.Module):
     """Logits of this rank's part of the vocabulary: x [S(/t), B, D] -> [S, B, V/t]. The weight may be the embedding's (tied)."""
 
+    deferred: deferred.Deferred | None = None                         # of a zero-bubble pipeline
+
     def __init__(self, embedding: VocabParallelEmbedding, *, tied: bool, init_std: float = 0.02):
         super().__init__()
         self.tp, self.sequence_parallel = embedding.tp, embedding.sequence_parallel
@@ -127,7 +136,8 @@ class ParallelHead(nn.Module):
             init_parameters(self, seed=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (ag_gemm if self.sequence_parallel else copy_gemm)(x, self.weight, self.tp.group)
+        return deferred.linear(ag_gemm if self.sequence_parallel else copy_gemm, x, self.weight, self.tp.group, self.deferred,
+                               gather_x=self.sequence_parallel)
 
 
 def head_piece(name: str, shape: tuple[int, ...], heads: int, tp: Axis, at: int) -> Piece:

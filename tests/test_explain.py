@@ -160,12 +160,12 @@ def _activations(rank, cfg):
     model.train()
     ids, labels = (x.contiguous() for x in RandomTokens(m.vocab_size, m.seq_length, 0).batch(0, m.micro_batch_size))
     saved, inputs = Saved(model), []
-    handle = model.layers[-1].register_forward_pre_hook(lambda layer, args: inputs.append(args))
+    handle = list(model.layers.values())[-1].register_forward_pre_hook(lambda layer, args: inputs.append(args))
     with saved.hooks():
         loss = model(ids, labels, 0)
         handle.remove()
         if m.recompute_granularity == "full":                         # the layer whose backward comes first
-            model.layers[-1](*inputs[0])
+            list(model.layers.values())[-1](*inputs[0])
     assert loss.isfinite()
     logits = memory(cfg, layout, m.vocab_size)["logits and their gradient"] // 2
     item = loss.new_empty(0, dtype=DTYPES[cfg.trainer.precision]).element_size()

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from interlace.models.config import Config, ModelConfig
 from interlace.parallel.errors import UserError
-from interlace.parallel.layout import RANKS, RULES, Layout, broken_rules
+from interlace.parallel.layout import RANKS, RULES, Layout, broken_rules, stage_layers, stages_of_rank
 
 TP, PP, VPP, EP = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
                    "expert_model_parallel_size")
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 
 # rule, ranks, config, parts of the message: what must hold with both numbers, then the nearest legal values
 BAD = [
@@ -49,11 +50,24 @@ BAD = [
     ("sequence over tp", 2, {TP: 2, "sequence_parallel": True, "seq_length": 255}, "seq_length must be a multiple of",
      "under sequence_parallel", f"got 255 and 2; use seq_length 254 or 256, or {TP} 1 (with --nproc 1)"),
     ("sequence over tp", 4, {TP: 4, "sequence_parallel": True, "seq_length": 2}, "got 2 and 4; use seq_length 4, or"),
-    ("layers over pp", 2, {PP: 2, "num_layers": 7}, f"num_layers must be a multiple of {PP}",
-     f"got 7 and 2; use {PP} 1 (with --nproc 1) or 7 (with --nproc 7), or num_layers 6 or 8"),
+    ("layers over pp", 8, {PP: 8, "num_layers": 7}, f"num_layers must be at least {PP} x {VPP}",
+     f"got 7 and 8 x 1 = 8; use {PP} 7 (with --nproc 7), or num_layers 8"),
+    ("layers over pp", 2, {PP: 2, VPP: 5, "num_layers": 8}, f"got 8 and 2 x 5 = 10; use {VPP} 4 or none, or num_layers 10"),
+    ("first and last stage", 2, {PP: 2, "num_layers": 8, FIRST: 3, LAST: 4}, f"{FIRST} + {LAST} must be num_layers with two stages",
+     f"got 3 + 4 and 8; use {PP} 3 (with --nproc 3), or num_layers 7"),
+    ("first and last stage", 4, {PP: 4, "num_layers": 8, FIRST: 7}, f"{FIRST} must leave a layer for each of the 3 stages between",
+     "got 7 of 8", "num_layers 10"),
+    ("first and last stage", 1, {LAST: 2}, f"{LAST} need {PP} > 1, got 1"),
     ("vpp without pp", 1, {VPP: 2}, f"{VPP} needs {PP} > 1", f"got 2 and 1; use {VPP} 1 or none"),
-    ("layers over vpp", 2, {PP: 2, VPP: 3, "num_layers": 8}, f"num_layers must be a multiple of {PP} x {VPP}",
-     f"got 8 and 2 x 3 = 6; use {VPP} 2 or 4 or none, or num_layers 6 or 12"),
+    ("schedule", 2, {PP: 2, "pipeline_parallel_schedule": "zbv_zero_bubble"}, f"{VPP} must be 2 under zbv_zero_bubble", f"got 1; use {VPP} 2"),
+    ("schedule", 2, {PP: 2, "pipeline_parallel_schedule": "interleaved_1f1b"}, f"{VPP} must be at least 2 under interleaved_1f1b",
+     f"got 1; use {VPP} 2"),
+    ("schedule", 2, {PP: 2, VPP: 2, "pipeline_parallel_schedule": "GPipe"}, f"{VPP} must be 1 under gpipe", f"got 2; use {VPP} 1 or none"),
+    ("schedule", 1, {"pipeline_parallel_schedule": "1f1b"}, f"pipeline_parallel_schedule needs {PP} > 1, got 1f1b and 1"),
+    ("micro-batches", 4, {PP: 4, "micro_batch_size": 8}, f"the micro-batches of a step must be at least {PP} under 1f1b",
+     "got 2 = global_batch_size / (micro_batch_size x 1) and 4; use global_batch_size 32, or micro_batch_size 4"),
+    ("micro-batches", 2, {PP: 2, VPP: 2, "global_batch_size": 20}, f"must fill whole rounds of {PP} under interleaved_1f1b", "got 5 = ",
+     "use global_batch_size 16 or 24"),
     ("batch", 1, {"micro_batch_size": 4, "global_batch_size": 6},
      "global_batch_size must be a multiple of micro_batch_size x",
      "got 6 and 4 x 1 = 4; use global_batch_size 4 or 8, or micro_batch_size 3 or 6"),
@@ -72,8 +86,6 @@ BAD = [
      "got 9 and 8; use moe_router_topk 8, or num_moe_experts 9"),
     ("no dp", 4, {TP: 2}, "data parallelism is not in this version",
      f"got --nproc 4 and 2 x 1 = 2; use --nproc 2, or {TP} 4"),
-    ("no pp", 2, {PP: 2}, "pipeline parallelism is not in this version",
-     f"{PP} must be 1, got 2; use {PP} 1 (with --nproc 1)"),
     ("no moe", 1, {"num_moe_experts": 8}, "mixture of experts is not in this version",
      "leave num_moe_experts out", "got 8"),
 ]
@@ -113,8 +125,8 @@ def test_all_violations_in_one_error():
 
 
 def test_a_wrong_number_of_ranks_does_not_hide_the_rest():
-    bad = config(seq_length=255, sequence_parallel=True, num_layers=3, **{TP: 2, PP: 2})
-    assert [b.rule for b in broken_rules(bad, 3)] == ["world", "sequence over tp", "layers over pp", "no pp"]
+    bad = config(seq_length=255, sequence_parallel=True, num_layers=1, **{TP: 2, PP: 2})
+    assert [b.rule for b in broken_rules(bad, 3)] == ["world", "sequence over tp", "layers over pp"]
 
 
 @pytest.mark.parametrize("world, model", [
@@ -128,6 +140,23 @@ def test_a_wrong_number_of_ranks_does_not_hide_the_rest():
 def test_legal_layouts_pass(world, model):
     layout = Layout.from_config(config(**model), world)
     assert (layout.world, layout.tp, layout.dp, layout.pp) == (world, model.get(TP, 1), 1, 1)
+
+
+@pytest.mark.parametrize("model, sizes", [
+    ({PP: 4, "num_layers": 8}, [2, 2, 2, 2]), ({PP: 4, "num_layers": 9}, [2, 3, 2, 2]), ({PP: 4, "num_layers": 11}, [3, 3, 3, 2]),
+    ({PP: 2, VPP: 2, "num_layers": 5}, [1, 2, 1, 1]), ({PP: 3, "num_layers": 8, FIRST: 1}, [1, 4, 3]), ({"num_layers": 5}, [5]),
+    ({PP: 3, "num_layers": 8, FIRST: 2, LAST: 1}, [2, 5, 1]),
+])
+def test_layers_of_the_stages(model, sizes):
+    layers = stage_layers(config(**model).model)
+    assert [len(r) for r in layers] == sizes and [i for r in layers for i in r] == list(range(model["num_layers"]))
+
+
+@pytest.mark.parametrize("schedule, chunks, want", [("1f1b", None, [[0], [1], [2]]), ("interleaved_1f1b", 2, [[0, 3], [1, 4], [2, 5]]),
+                                                    ("zbv_zero_bubble", 2, [[0, 5], [1, 4], [2, 3]])])
+def test_stages_of_the_ranks(schedule, chunks, want):
+    m = config(**{PP: 3, VPP: chunks, "num_layers": 6, "pipeline_parallel_schedule": schedule}).model
+    assert [stages_of_rank(m, r) for r in range(3)] == want
 
 
 def test_dp_is_what_is_left():
@@ -145,7 +174,9 @@ def configs(draw):
         "ffn_hidden_size": some(None, 3, 64, 100),
         "seq_length": some(1, 7, 16), "sequence_parallel": some(True, False),
         TP: some(1, 2, 3, 4, 6), PP: some(1, 1, 2, 3),
-        VPP: some(None, None, 1, 2, 3), EP: some(1, 1, 2, 3), "num_moe_experts": some(None, None, 1, 4, 6),
+        VPP: some(None, None, 1, 2, 3),
+        "pipeline_parallel_schedule": some(None, None, "gpipe", "zbv_zero_bubble", "interleaved_1f1b"), FIRST: some(None, None, 1, 2),
+        EP: some(1, 1, 2, 3), "num_moe_experts": some(None, None, 1, 4, 6),
         "moe_router_topk": some(1, 2, 5), "micro_batch_size": some(1, 2, 3, 8), "global_batch_size": some(1, 6, 16),
         "position_embedding_type": some("rope", "learned_absolute"), "activation": some("swiglu", "gelu"),
     }
@@ -180,6 +211,8 @@ def test_legal_means_the_shards_are_whole(drawn):
     assert at.tp * at.dp * at.pp == world and model.ffn_size % at.tp == 0 and H % at.tp == 0
     assert (H // at.tp) % max(1, G // at.tp) == 0 and (G % at.tp == 0 or at.tp % G == 0)
     assert not at.sp or model.seq_length % at.tp == 0
+    sizes = [len(r) for r in stage_layers(model)]
+    assert len(sizes) == at.pp * (at.vpp or 1) and min(sizes) >= 1 and sum(sizes) == model.num_layers
     assert model.head_dim * H == model.hidden_size or model.kv_channels
 
 

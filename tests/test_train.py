@@ -111,7 +111,7 @@ def test_nan_stops_with_words_and_keeps_the_checkpoint(tmp_path, text):
     train(cfg, out)
     before = (out / "checkpoints" / "step-00000003" / "model.safetensors").read_bytes()
     go_on = Run(load_config(None, [*TINY, *text, "trainer.max_steps=6"]), out)
-    go_on.model.layers[0].mlp.down_proj.weight.data.fill_(math.nan)
+    go_on.model.layers["0"].mlp.down_proj.weight.data.fill_(math.nan)
     with pytest.raises(RunError, match=r"step 4: loss and gradient norm must be finite.*lower optim.lr"):
         go_on.train()
     assert (out / "checkpoints" / "step-00000003" / "model.safetensors").read_bytes() == before

@@ -24,13 +24,13 @@ def _clip_counts_copies(model):
 
 def _bias_on_every_rank(model):
     """The row bias is added before the sum over ranks."""
-    proj = model.layers[0].mlp.down_proj
+    proj = model.layers["0"].mlp.down_proj
     proj.forward = lambda x: reduce_from(x @ proj.weight.t() + proj.bias, proj.tp)
 
 
 def _missing_sum(model):
     """The row product is not summed at all."""
-    proj = model.layers[0].self_attn.o_proj
+    proj = model.layers["0"].self_attn.o_proj
     proj.forward = lambda x: x @ proj.weight.t()
 
 
@@ -41,7 +41,7 @@ def _rank_seed(model):
 
 def _same_mask(model):
     """Dropout under SP takes the local position: every rank drops the same rows."""
-    drop = model.layers[0].mlp_dropout
+    drop = model.layers["0"].mlp_dropout
     drop.forward = lambda x, base, strides: type(drop).forward(drop, x, 0, strides)
 
 
@@ -68,7 +68,7 @@ def _finds(rank, name):
     if name == "bias added twice":                                    # a zero bias hides it
         plant_ = plant
         def plant(model):
-            model.layers[0].mlp.down_proj.bias.data.fill_(0.1)
+            model.layers["0"].mlp.down_proj.bias.data.fill_(0.1)
             plant_(model)
     found = compare(cfg, mesh_of(cfg, 2), vocab_size=cfg.model.vocab_size, steps=2, plant=plant)
     assert any(f.what == what and f.error > 1e3 * TOLERANCE for f in found), f"{name} went unseen"
