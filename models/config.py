@@ -45,6 +45,7 @@ class Spelled:
 
 Count = Annotated[int, Range(lo=1)]
 CountOrZero = Annotated[int, Range(lo=0)]
+Flag = Annotated[int, Range(lo=0, below=2)]
 Positive = Annotated[float, Range(above=0)]
 PositiveOrZero = Annotated[float, Range(lo=0)]
 Probability = Annotated[float, Range(lo=0, below=1)]
@@ -106,6 +107,24 @@ class ModelConfig(_Checked):
     expert_model_parallel_size: Count = 1                       # ep: ranks that share one layer's experts
     num_moe_experts: Count | None = None                        # experts of a layer; None: a dense model
     moe_router_topk: Count = 2                                  # experts one token goes to
+    moe_layer_freq: Count | tuple[Flag, ...] = 1                # every n-th layer has experts, or a list: 1 experts, 0 dense
+    moe_ffn_hidden_size: Count | None = None                    # width of an expert; None: ffn_hidden_size
+    moe_shared_expert_intermediate_size: Count | None = None    # width of an expert that every token goes to; None: none
+    moe_shared_expert_gate: bool = False                        # its output times a sigmoid of the token
+    moe_router_score_function: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
+    moe_router_pre_softmax: bool = False                        # softmax over all experts, then top-k; false: the other way round
+    moe_router_norm_topk_prob: bool | None = None               # probs of a token sum to 1; None: for sigmoid, sqrtsoftplus and topk > 1
+    moe_router_num_groups: Count | None = None                  # choose within the best groups of experts
+    moe_router_group_topk: Count | None = None                  # how many groups
+    moe_router_topk_scaling_factor: Positive = 1.0              # of the probs
+    moe_router_enable_expert_bias: bool = False                 # balance by a bias on the choice, moved after each step
+    moe_router_bias_update_rate: PositiveOrZero = 1e-3          # how far
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"   # over a micro-batch, or a sample
+    moe_aux_loss_coeff: PositiveOrZero = 1e-2                   # weight of that loss
+    moe_z_loss_coeff: PositiveOrZero = 0.0                      # weight of mean(logsumexp(logits)^2)
+    moe_router_force_load_balancing: bool = False               # benches: every expert gets the same load
+    moe_expert_capacity_factor: Positive | None = None          # most tokens of an expert over its fair share; None: all
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"   # which stay
     micro_batch_size: Count = 4                                 # samples of one forward pass of a data-parallel rank
     global_batch_size: Count = 16                               # samples of one step on all ranks
 
@@ -120,6 +139,18 @@ class ModelConfig(_Checked):
     def query_groups(self) -> int:
         """num_query_groups with its default filled in."""
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def moe_ffn_size(self) -> int:
+        """moe_ffn_hidden_size with its default filled in."""
+        return self.moe_ffn_hidden_size or self.ffn_size
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        if self.num_moe_experts is None:
+            return False
+        freq = self.moe_layer_freq
+        return bool(freq[layer]) if isinstance(freq, tuple) else layer % freq == 0
 
     @property
     def chunks(self) -> int:
@@ -211,7 +242,9 @@ def _value(name: str, value: Any, hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):                     # T | None
         if value is None or str(value).lower() == "none":
             return None
-        return _value(name, value, next(a for a in args if a is not type(None)))
+        kinds = [a for a in args if a is not type(None)]              # a list where one may come, and one came
+        listed = isinstance(value, (list, tuple))
+        return _value(name, value, next((a for a in kinds if (typing.get_origin(a) is tuple) == listed), kinds[0]))
     if origin is Annotated:
         spelled = dict(next((m.words for m in args[1:] if isinstance(m, Spelled)), ()))
         value = _value(name, spelled.get(str(value), value), args[0])

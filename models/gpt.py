@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import add_layer_norm, add_rms_norm, dropout, layer_norm, rms_norm, rope, rope_tables, swiglu
 from ..kernels.comm import rs_residual_norm
 from ..parallel.deferred import Deferred
+from ..parallel.expert_parallel import MoELayer, RouterOptions
 from ..parallel.layout import stage_layers, stages_of_rank
 from ..parallel.mesh import Axis, Mesh
 from ..parallel.sharding import init_parameters, replicated, set_pieces
@@ -116,9 +117,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (gate and up fused into one product) or GELU: [S/t, B, D] -> [S/t, B, D], summed over tp."""
 
-    def __init__(self, cfg: ModelConfig, tp: Axis, dtype: torch.dtype):
+    def __init__(self, cfg: ModelConfig, tp: Axis, dtype: torch.dtype, ffn: int | None = None):
         super().__init__()
-        D, ffn = cfg.hidden_size, cfg.ffn_size
+        D, ffn = cfg.hidden_size, ffn or cfg.ffn_size
         parts = {"gate_proj": (ffn, ffn), "up_proj": (ffn, ffn)} if cfg.activation == "swiglu" else {"up_proj": (ffn, ffn)}
         self.activation = swiglu if cfg.activation == "swiglu" else F.gelu
         self.up = ColumnParallelLinear(D, tp=tp, parts=parts, bias=cfg.add_bias_linear, dtype=dtype, init_std=cfg.init_method_std,
@@ -130,13 +131,30 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(self.up(y)))
 
 
+def moe_layer(cfg: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> MoELayer:
+    """Experts in place of an MLP."""
+    assert cfg.num_moe_experts is not None
+    options = RouterOptions(
+        topk=cfg.moe_router_topk, score_function=cfg.moe_router_score_function, pre_softmax=cfg.moe_router_pre_softmax,
+        norm_topk_prob=cfg.moe_router_norm_topk_prob, num_groups=cfg.moe_router_num_groups, group_topk=cfg.moe_router_group_topk,
+        scaling_factor=cfg.moe_router_topk_scaling_factor, expert_bias=cfg.moe_router_enable_expert_bias,
+        load_balancing=cfg.moe_router_load_balancing_type, aux_loss_coeff=cfg.moe_aux_loss_coeff, z_loss_coeff=cfg.moe_z_loss_coeff,
+        force_load_balancing=cfg.moe_router_force_load_balancing, capacity_factor=cfg.moe_expert_capacity_factor,
+        drop_policy=cfg.moe_token_drop_policy)
+    shared = cfg.moe_shared_expert_intermediate_size
+    return MoELayer(cfg.hidden_size, cfg.moe_ffn_size, cfg.num_moe_experts, options, mesh, sequence_parallel=cfg.sequence_parallel,
+                    shared=MLP(cfg, mesh.tp, dtype, shared) if shared else None, shared_gate=cfg.moe_shared_expert_gate,
+                    activation=cfg.activation, init_std=cfg.init_method_std, output_std=_output_std(cfg), dtype=dtype)
+
+
 class Block(nn.Module):
-    def __init__(self, cfg: ModelConfig, tp: Axis, layer: int, seed: int, dtype: torch.dtype):
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, layer: int, seed: int, dtype: torch.dtype):
         super().__init__()
-        name = f"layers.{layer}"
+        name, tp = f"layers.{layer}", mesh.tp
         self.cfg, self.tp = cfg, tp
         self.input_layernorm, self.post_attention_layernorm = Norm(cfg, tp, dtype), Norm(cfg, tp, dtype)
-        self.self_attn, self.mlp = Attention(cfg, tp, name, seed, dtype), MLP(cfg, tp, dtype)
+        self.self_attn = Attention(cfg, tp, name, seed, dtype)
+        self.mlp = moe_layer(cfg, mesh, dtype) if cfg.has_experts(layer) else MLP(cfg, tp, dtype)
         self.attn_dropout = Dropout(cfg.hidden_dropout, f"{name}.self_attn.dropout", seed)
         self.mlp_dropout = Dropout(cfg.hidden_dropout, f"{name}.mlp.dropout", seed)
         # Only where nothing stands between the sum over ranks and the residual can one op do both.
@@ -184,7 +202,7 @@ class GPT(nn.Module):
             self.position_embeddings = nn.Parameter(positions)        # [S, D] on every rank
             set_pieces(self.position_embeddings, replicated(tuple(positions.shape), tp, cfg.sequence_parallel), std=cfg.init_method_std)
         self.dropout = Dropout(cfg.hidden_dropout, "embed_tokens.dropout", seed)
-        self.layers = nn.ModuleDict({str(i): Block(cfg, tp, i, seed, dtype) for mine in self.plan.values() for i in mine})
+        self.layers = nn.ModuleDict({str(i): Block(cfg, mesh, i, seed, dtype) for mine in self.plan.values() for i in mine})
         if self.last:
             self.norm = Norm(cfg, tp, dtype)
             self.lm_head = ParallelHead(self.embed_tokens or table(), tied=tied, init_std=cfg.init_method_std)
