@@ -8,10 +8,12 @@ from .permute import permute, permute_ref
 from .rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from .rope import rope, rope_ref, rope_tables
 from .route_plan import RoutePlan, from_mask, route_plan, route_plan_ref
+from .router import Routing, aux_loss, forced_balance, jitter, router, router_ref, update_expert_bias, z_loss
 from .swiglu import swiglu, swiglu_ref
 from .unpermute import unpermute, unpermute_ref
 
-__all__ = ["RoutePlan", "add_layer_norm", "add_layer_norm_ref", "add_rms_norm", "add_rms_norm_ref", "cross_entropy",
-           "cross_entropy_ref", "dropout", "dropout_ref", "from_mask", "layer_norm", "layer_norm_ref", "permute", "permute_ref",
-           "rms_norm", "rms_norm_ref", "rope", "rope_ref", "rope_tables", "route_plan", "route_plan_ref", "swiglu", "swiglu_ref",
-           "unpermute", "unpermute_ref"]
+__all__ = ["RoutePlan", "Routing", "add_layer_norm", "add_layer_norm_ref", "add_rms_norm", "add_rms_norm_ref",
+           "aux_loss", "cross_entropy", "cross_entropy_ref", "dropout", "dropout_ref", "forced_balance", "from_mask", "jitter",
+           "layer_norm", "layer_norm_ref", "permute", "permute_ref", "rms_norm", "rms_norm_ref", "rope", "rope_ref",
+           "rope_tables", "route_plan", "route_plan_ref", "router", "router_ref", "swiglu", "swiglu_ref", "unpermute",
+           "unpermute_ref", "update_expert_bias", "z_loss"]
