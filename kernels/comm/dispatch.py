@@ -22,8 +22,8 @@ from torch import Tensor
 from ..permute import permute, slots_of
 from ..route_plan import RoutePlan, route_plan
 from ..unpermute import unpermute
-from .collectives import Group, _torch_group, all_gather, group_size, reduce_scatter
-from .heap import CollectiveMismatch, SymmHeap
+from .collectives import Group, _code, _heap, _torch_group, all_gather, group_size, reduce_scatter
+from .heap import CODES, LIB, CollectiveMismatch, SymmHeap
 
 __all__ = ["DispatchPlan", "combine", "combine_ref", "dispatch", "dispatch_plan", "dispatch_ref"]
 
@@ -154,6 +154,38 @@ def combine_ref(y: Tensor, plan: DispatchPlan, residual: Tensor | None = None) -
         return unpermute(back, wire.send, residual=None if residual is None else residual.to(acc)).to(y.dtype)
 
 
+# ---- ops ------------------------------------------------------------------------------------------------------
+
+
+def _dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
+    if plan.size == 1:
+        return permute(x, plan.route)
+    heap = _heap(x, plan.group)
+    if heap is None:
+        return dispatch_ref(x, plan)
+    x, y, route = x.contiguous(), x.new_empty(plan.rows, x.shape[1]), plan.route
+    if rc := LIB.interlace_dispatch(heap.handle, x.data_ptr(), y.data_ptr(), plan.ids.data_ptr(), route.row_of_slot.data_ptr(),
+                                    route.slot_of_row.data_ptr(), plan.tokens, plan.most, plan.ids.shape[1],
+                                    plan.experts // heap.size, plan.rows, x.shape[1], x.element_size(), _code(x)):
+        heap.fail(rc)
+    return y
+
+
+def _combine(y: Tensor, plan: DispatchPlan, residual: Tensor | None = None) -> Tensor:
+    if plan.size == 1:
+        return unpermute(y, plan.route, residual=residual)
+    heap, code = _heap(y, plan.group), CODES.get(y.dtype)
+    if heap is None or code is None:
+        return combine_ref(y, plan, residual)
+    y, o = y.contiguous(), y.new_empty(plan.tokens, y.shape[1])
+    residual = None if residual is None else residual.contiguous()
+    if rc := LIB.interlace_combine(heap.handle, y.data_ptr(), o.data_ptr(), None if residual is None else residual.data_ptr(),
+                                   plan.ids.data_ptr(), plan.route.row_of_slot.data_ptr(), plan.tokens, plan.most,
+                                   plan.ids.shape[1], plan.experts // heap.size, y.shape[1], code):
+        heap.fail(rc)
+    return o
+
+
 # ---- autograd -------------------------------------------------------------------------------------------------
 
 
@@ -161,22 +193,22 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, plan):
         ctx.plan = plan
-        return dispatch_ref(x, plan)
+        return _dispatch(x, plan)
 
     @staticmethod
     def backward(ctx, dy):
-        return combine_ref(dy, ctx.plan), None
+        return _combine(dy, ctx.plan), None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, residual, plan):
         ctx.plan = plan
-        return combine_ref(y, plan, residual)
+        return _combine(y, plan, residual)
 
     @staticmethod
     def backward(ctx, do):
-        dy = dispatch_ref(do, ctx.plan) if ctx.needs_input_grad[0] else None
+        dy = _dispatch(do, ctx.plan) if ctx.needs_input_grad[0] else None
         return dy, do if ctx.needs_input_grad[1] else None, None
 
 
