@@ -112,8 +112,8 @@ int wait_long(Heap& h, int q, uint32_t t, uint32_t op) {
 }  // namespace
 
 const char* op_name(uint32_t op) {
-  static const char* names[] = {"barrier", "all_reduce", "all_gather", "reduce_scatter", "all_to_all"};
-  return op < 5 ? names[op] : "?";
+  static const char* names[] = {"barrier", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "dispatch", "combine"};
+  return op < 7 ? names[op] : "?";
 }
 
 std::string describe(const Desc& d) {
@@ -122,6 +122,7 @@ std::string describe(const Desc& d) {
   if (d.op == ALL_REDUCE) s += d.red ? "max, " : "sum, ";
   s += std::to_string(d.numel) + (d.dtype < 6 ? std::string(" x ") + types[d.dtype]
                                               : " elements of " + std::to_string(d.dtype - 6) + " bytes");
+  if (d.op == DISPATCH || d.op == COMBINE) s += " a row, " + std::to_string(d.red) + " tokens at most";
   return s + (d.staged ? ", staged)" : ")");
 }
 
@@ -153,9 +154,12 @@ int wait_all(Heap& h, uint32_t t, uint32_t op) {
   return OK;
 }
 
-int first_tick(Heap& h, uint32_t t, const Desc& mine) {
+void first_signal(Heap& h, uint32_t t, const Desc& mine) {
   h.line[h.rank].desc[t & 1] = mine;
   signal(h, t);
+}
+
+int first_wait(Heap& h, uint32_t t, const Desc& mine) {
   if (const int rc = wait_all(h, t, mine.op)) return rc;
   for (int q = 0; q < h.world; q++) {
     const Desc& other = h.line[q].desc[t & 1];
@@ -165,6 +169,11 @@ int first_tick(Heap& h, uint32_t t, const Desc& mine) {
                   describe(other).c_str());
   }
   return OK;
+}
+
+int first_tick(Heap& h, uint32_t t, const Desc& mine) {
+  first_signal(h, t, mine);
+  return first_wait(h, t, mine);
 }
 }  // namespace interlace
 

@@ -47,7 +47,7 @@ struct alignas(128) Line {
 static_assert(sizeof(Line) == 128 && std::atomic<uint32_t>::is_always_lock_free);
 
 enum State : uint32_t { OPEN = 0, CLOSED = 1, BROKEN = 2 };
-enum Op : uint32_t { BARRIER, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL };
+enum Op : uint32_t { BARRIER, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, DISPATCH, COMBINE };
 enum Code { OK = 0, MISMATCH = 1, TIMEOUT = 2, DIED = 3, INTERRUPTED = 4, UNUSABLE = 5, SYSTEM = 6, NO_SPACE = 7, BUSY = 8 };
 
 struct Peer {
@@ -98,13 +98,25 @@ std::string describe(const Desc& d);
 char* begin(Heap& h, uint32_t t, int64_t span);        // step 1: my place of tick t, about to be written
 void signal(Heap& h, uint32_t t);                      // step 2
 int wait_all(Heap& h, uint32_t t, uint32_t op);        // step 3
-int first_tick(Heap& h, uint32_t t, const Desc& mine); // steps 2 and 3 with the descriptor: MISMATCH where they differ
+void first_signal(Heap& h, uint32_t t, const Desc& mine); // steps 2 and 3 with the descriptor: MISMATCH where they differ
+int first_wait(Heap& h, uint32_t t, const Desc& mine);
+int first_tick(Heap& h, uint32_t t, const Desc& mine); // both
 
 // The sums, built once per instruction set and picked at load time (reduce.h). src: [world] pointers, summed in rank order.
 using Reduce = void (*)(void* dst, void* also, const void* const* src, int world, int64_t n);
+// Rows summed among themselves before they join the total; of the type, or of the one it is computed in (`wide`: one row).
+struct Group {
+  const void* const* row;
+  int n;
+  bool wide;
+};
+// dst[i] = group 0 + group 1 + ... ; past: around the caches, dst on a line. Fetches the `ahead` rows `next` on the way.
+using SumRows = void (*)(void* dst, const Group* group, int groups, int64_t n, const void* const* next, int ahead, bool past);
 struct Kernels {
   void (*copy)(void* dst, const void* src, int64_t bytes);
   void (*stream)(void* dst, const void* src, int64_t bytes);
+  void (*past)(void* dst, const void* src, int64_t bytes);  // stream() of any length, whose end the caller fences
+  SumRows wide[4], total[4];  // [float64, float32, bfloat16, float16]; dst of the computed type, of the type
   Reduce reduce[2][6];  // [sum, max][float64, float32, bfloat16, float16, int64, int32]
 };
 const Kernels& kernels();

@@ -39,13 +39,17 @@ static inline Vec get(const bf16* p) {
 }
 static inline Vec get(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 static inline void put(float* p, Vec x) { _mm512_storeu_ps(p, x); }
-static inline void put(bf16* p, Vec x) {
+using Half = __m256i;
+static inline Half pack(bf16, Vec x) {
   const Bits u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   Bits r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(r));
+  return _mm512_cvtepi32_epi16(r);
 }
-static inline void put(fp16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, 0)); }
+static inline Half pack(fp16, Vec x) { return _mm512_cvtps_ph(x, 0); }
+template <class T> static inline void put(T* p, Vec x) { _mm256_storeu_si256((Half*)p, pack(T{}, x)); }
+static inline void put_past(float* p, Vec x) { _mm512_stream_ps(p, x); }
+template <class T> static inline void put_past(T* p, Vec x) { _mm256_stream_si256((Half*)p, pack(T{}, x)); }
 static inline Vec of(Sum, Vec a, Vec b) { return _mm512_add_ps(a, b); }
 static inline Vec of(Max, Vec a, Vec b) {
   const __mmask16 keep = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
@@ -61,14 +65,18 @@ static inline Vec get(const bf16* p) {
 }
 static inline Vec get(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 static inline void put(float* p, Vec x) { _mm256_storeu_ps(p, x); }
-static inline void put(bf16* p, Vec x) {
+using Half = __m128i;
+static inline Half pack(bf16, Vec x) {
   const Bits u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   Bits r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
   r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
-  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(r));
+  return _mm256_castsi256_si128(r);
 }
-static inline void put(fp16* p, Vec x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, 0)); }
+static inline Half pack(fp16, Vec x) { return _mm256_cvtps_ph(x, 0); }
+template <class T> static inline void put(T* p, Vec x) { _mm_storeu_si128((Half*)p, pack(T{}, x)); }
+static inline void put_past(float* p, Vec x) { _mm256_stream_ps(p, x); }
+template <class T> static inline void put_past(T* p, Vec x) { _mm_stream_si128((Half*)p, pack(T{}, x)); }
 static inline Vec of(Sum, Vec a, Vec b) { return _mm256_add_ps(a, b); }
 static inline Vec of(Max, Vec a, Vec b) {
   const Vec keep = _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
@@ -79,6 +87,7 @@ constexpr int V = 1;
 using Vec = float;
 template <class T> static inline Vec get(const T* p) { return up(*p); }
 template <class T> static inline void put(T* p, Vec x) { *p = down<T>(x); }
+template <class T> static inline void put_past(T* p, Vec x) { *p = down<T>(x); }
 template <class F> static inline Vec of(F, Vec a, Vec b) { return F::of(a, b); }
 #endif
 
@@ -177,9 +186,14 @@ template <class F> static void fill(Reduce* table) {
   table[0] = reduce<double, F>, table[1] = reduce<float, F>, table[2] = reduce<bf16, F>, table[3] = reduce<fp16, F>;
   table[4] = reduce<long long, F>, table[5] = reduce<int, F>;
 }
+#include "rows.h"
+
 static Kernels make() {
   Kernels k;
-  k.copy = copy, k.stream = stream;
+  k.copy = copy, k.stream = stream, k.past = past;
+  k.wide[0] = k.total[0] = sum_doubles, k.wide[1] = k.total[1] = sum_rows<float, float>;
+  k.wide[2] = sum_rows<bf16, float>, k.total[2] = sum_rows<bf16, bf16>;
+  k.wide[3] = sum_rows<fp16, float>, k.total[3] = sum_rows<fp16, fp16>;
   fill<Sum>(k.reduce[0]), fill<Max>(k.reduce[1]);
   return k;
 }

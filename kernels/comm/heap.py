@@ -90,6 +90,7 @@ def _load() -> tuple[Any, str]:
         ("heap_test", None, (p, i, i)), ("heap_tune", None, (p, i, i, n, n)), ("barrier", i, (p,)),
         ("all_reduce", i, (p, p, p, n, i, i)), ("all_gather", i, (p, p, p, n, n, i)),
         ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, n, n, i)),
+        ("dispatch", i, (p, p, p, p, p, p, n, n, n, n, n, n, n, i)), ("combine", i, (p, p, p, p, p, p, n, n, n, n, n, i)),
     ):
         fn = getattr(lib, f"interlace_{name}")
         fn.restype, fn.argtypes = result, args
