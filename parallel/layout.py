@@ -265,13 +265,6 @@ def _topk(m: ModelConfig, at: Layout) -> str | None:
 # Axes whose arithmetic exists and whose layers do not: refused, never ignored.
 
 
-def _no_dp(m: ModelConfig, at: Layout) -> str | None:
-    if not at.whole or at.dp == 1:
-        return None
-    return (f"data parallelism is not in this version: the number of ranks must be {TP} x {PP}, "
-            f"got {RANKS} {at.world} and {at.tp} x {at.pp} = {at.tp * at.pp}")
-
-
 def _no_pp(m: ModelConfig, at: Layout) -> str | None:
     return f"pipeline parallelism is not in this version: {PP} must be 1, got {at.pp}" if at.pp > 1 else None
 
@@ -301,7 +294,6 @@ RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {                    # name: it
     "ep without experts": (_ep_dense, (EP,)),
     "experts over ep": (_experts, (EP, "num_moe_experts")),
     "topk": (_topk, ("moe_router_topk", "num_moe_experts")),
-    "no dp": (_no_dp, (RANKS, TP)),
     "no pp": (_no_pp, (PP,)),
     "no moe": (_no_moe, ()),
 }
