@@ -16,6 +16,7 @@ from ..models.gpt import GPT
 from ..models.optimizer import Optimizer
 from ..models.train import forward_backward
 from ..models.verify import RandomTokens
+from ..parallel.data_parallel import DistributedDataParallel
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
 from ..parallel.sharding import grad_norm, named_pieces
@@ -48,10 +49,10 @@ def _tokens(s: dict[str, int]) -> RandomTokens:
 def ours(s: dict[str, int], mesh: Mesh, tp: int, sp: bool) -> Callable[[], Tensor]:
     m = dataclasses.replace(_config(s), tensor_model_parallel_size=tp, sequence_parallel=sp)
     model, data = GPT(m, mesh, vocab_size=s["V"], seed=1), _tokens(s)
-    optimizer = Optimizer(model, OPTIM, mesh.tp)
+    optimizer = Optimizer(DistributedDataParallel(model, mesh), OPTIM)
 
     def run() -> Tensor:
-        loss = forward_backward(model, data, 0, m)
+        loss = forward_backward(optimizer.ddp, data, 0, m)
         return torch.tensor([loss.item(), optimizer.step(OPTIM.lr)], dtype=torch.float64)
     return run
 
@@ -83,9 +84,9 @@ def theirs(s: dict[str, int], world: int, sp: bool) -> Callable[[], Tensor]:
 
 def truth(s: dict[str, int]) -> Tensor:
     m = _config(s)
-    model = GPT(m, vocab_size=s["V"], seed=1, dtype=torch.float64)
-    loss = forward_backward(model, _tokens(s), 0, m)
-    return torch.stack([loss, grad_norm(model, Mesh().tp)])
+    ddp = DistributedDataParallel(GPT(m, vocab_size=s["V"], seed=1, dtype=torch.float64))
+    loss = forward_backward(ddp, _tokens(s), 0, m)
+    return torch.stack([loss, grad_norm(ddp.module, Mesh(), ddp.parts)])
 
 
 def ways(case: Case, make: Make) -> Ways:

@@ -6,15 +6,17 @@
     <out>/checkpoints/latest        the newest complete one
 
 Written by rank 0 to a temporary folder, fsynced, renamed; `latest` moves last. Every rank reads only its own slices. Any
-layout loads any other's. Rank 0 holds one whole tensor at a time in each file's buffer: the model's size on the host.
+layout loads any other's. Rank 0 holds the whole model on the host; the others, under ZeRO-1, one bucket at a time.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from torch import Tensor, nn
 
 from ..kernels.comm import all_gather
 from ..parallel.errors import UserError
-from ..parallel.mesh import Axis
-from ..parallel.sharding import named_pieces
+from ..parallel.mesh import Mesh
+from ..parallel.sharding import Piece, named_pieces
 from .config import Config
 from .optimizer import Optimizer
 
@@ -44,26 +46,45 @@ def model_words(config: Config, vocab_size: int) -> dict[str, Any]:
     return words
 
 
-def gather_full(model: nn.Module, tp: Axis, tensors: dict[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors under global names, from every rank's {parameter: tensor shaped like it}. Collective; full on rank 0."""
+Items = Iterable[tuple[nn.Parameter, Tensor]]
+Places = dict[nn.Parameter, list[tuple[str, Piece]]]
+
+
+def _places(model: nn.Module) -> Places:
+    """{parameter: its (global name, piece)s}"""
+    found: Places = {}
+    for name, piece, p in named_pieces(model):
+        found.setdefault(p, []).append((name, piece))
+    return found
+
+
+def gather_full(model: nn.Module, mesh: Mesh, items: Items) -> dict[str, Tensor]:
+    """Whole tensors under global names, from every rank's (parameter, tensor shaped like it). Collective; full on rank 0.
+
+    Of replicas the first sends: a dense parameter's ranks of tp, an expert's of ep."""
     full: dict[str, Tensor] = {}
-    places = [(name, dataclasses.astuple(piece)) for name, piece, p in named_pieces(model) if p in tensors]
-    every = [places]
-    if tp.size > 1:
-        import torch.distributed as dist
-        every = [None] * tp.size  # type: ignore[list-item]
-        dist.all_gather_object(every, places, group=tp.group)
-    last: Tensor | None = None
-    for i, (name, piece, param) in enumerate((n, q, p) for n, q, p in named_pieces(model) if p in tensors):
-        if param is not last:                                         # pieces of one parameter follow one another
-            last, local = param, tensors[param].detach().contiguous()
-            stacked = all_gather(local.unsqueeze(0), tp.group) if tp.size > 1 else local.unsqueeze(0)
-        if tp.rank:
+    places = _places(model)
+    every: dict[str, list[dict[str, tuple]]] = {}
+    for axis, first in ((mesh.tp, mesh.dp.rank == 0), (mesh.ep, mesh.edp.rank == 0)):
+        mine = {name: dataclasses.astuple(piece) for rows in places.values() for name, piece in rows}
+        every[axis.name] = [mine]
+        if axis.size > 1 and first:
+            import torch.distributed as dist
+            every[axis.name] = [{}] * axis.size
+            dist.all_gather_object(every[axis.name], mine, group=axis.group)
+    for p, tensor in items:
+        expert = getattr(p, "expert", False)
+        axis = mesh.ep if expert else mesh.tp
+        if (mesh.edp if expert else mesh.dp).rank:
             continue
-        whole = full[name] = torch.empty(piece.shape, dtype=local.dtype)
-        for r in range(tp.size):
-            theirs = type(piece)(*every[r][i][1])
-            theirs.of(whole).copy_(theirs.local(stacked[r]))
+        stacked = tensor.detach().contiguous().unsqueeze(0)
+        if axis.size > 1:
+            stacked = all_gather(stacked, axis.group)
+        for name, piece in places[p] if axis.rank == 0 else ():
+            whole = full[name] = torch.empty(piece.shape, dtype=tensor.dtype)
+            for r in range(axis.size):
+                theirs = Piece(*every[axis.name][r][name])
+                theirs.of(whole).copy_(theirs.local(stacked[r]))
     return full
 
 
@@ -83,15 +104,16 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def save(out: Path, config: Config, model: nn.Module, optimizer: Optimizer, tp: Axis, *, step: int, samples: int, vocab_size: int,
+def save(out: Path, config: Config, optimizer: Optimizer, *, step: int, samples: int, vocab_size: int,
          extra: dict[str, Any] | None = None) -> None:
     """Save after `step`; collective. Raises: OSError on rank 0 when the disk refuses (the last checkpoint stays)."""
-    files = {"model.safetensors": gather_full(model, tp, {p: p for p in optimizer.params})}
+    model, mesh = optimizer.ddp.module, optimizer.ddp.mesh
+    files = {"model.safetensors": gather_full(model, mesh, ((p, p) for p in optimizer.ddp.buffer_of))}
     moments: dict[str, Tensor] = {}
-    for kind, tensors in optimizer.state().items():
-        moments |= {f"{kind}.{name}": t for name, t in gather_full(model, tp, tensors).items()}
+    for kind in optimizer.kinds():
+        moments |= {f"{kind}.{name}": t for name, t in gather_full(model, mesh, optimizer.state(kind)).items()}
     files["optimizer.safetensors"] = moments
-    if tp.rank == 0:
+    if mesh.tp.rank == 0 and mesh.dp.rank == 0:
         folder = out / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
         temporary, final = folder / f".writing-{os.getpid()}", folder / f"step-{step:08d}"
@@ -154,25 +176,43 @@ def load(folder: Path, config: Config, model: nn.Module, vocab_size: int, optimi
         if not (folder / name).exists() or _sha256(folder / name) != digest:
             raise UserError(f"checkpoint: {folder / name} is missing or damaged (its SHA-256 is not the one it was written with); "
                             "point `latest` to an older step, or use another --out")
-    _read(folder / "model.safetensors", model, {"": {p: p for _, _, p in named_pieces(model)}})
+    places = _places(model)
+    with _open(folder / "model.safetensors") as f:
+        for p, rows in places.items():
+            _read(f, "", rows, p)
     if optimizer is not None:
         if state["precision"] != config.trainer.precision:
             raise UserError(f"checkpoint: {folder} was trained in {state['precision']}, got trainer.precision={config.trainer.precision}; "
                             "set it alike, or use another --out")
-        _read(folder / "optimizer.safetensors", model, {f"{k}.": t for k, t in optimizer.state().items()})
+        with _open(folder / "optimizer.safetensors") as f:
+            _moments(f, places, optimizer)
         optimizer.set_steps(state["step"])
     return state
 
 
+def _moments(f: Any, places: Places, optimizer: Optimizer) -> None:
+    """One whole local tensor at a time, of which the optimizer takes what it steps."""
+    for kind in optimizer.kinds():
+        for p, rows in places.items():
+            if kind in optimizer.own[optimizer.ddp.buffer_of[p]]:
+                whole = torch.zeros_like(p.main_grad)
+                _read(f, f"{kind}.", rows, whole)
+                optimizer.set_state(kind, p, whole)
+
+
 @torch.no_grad()
-def _read(path: Path, model: nn.Module, kinds: dict[str, dict[Tensor, Tensor]]) -> None:
+def _read(f: Any, prefix: str, rows: list[tuple[str, Piece]], local: Tensor) -> None:
+    for name, piece in rows:
+        if piece.length:
+            part = f.get_slice(prefix + name)
+            span = slice(piece.start, piece.start + piece.length)
+            piece.local(local).copy_(part[span] if piece.dim == 0 else part[:, span])
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as f:
-            for prefix, tensors in kinds.items():
-                for name, piece, param in named_pieces(model):
-                    if param in tensors and piece.length:
-                        part = f.get_slice(prefix + name)
-                        span = slice(piece.start, piece.start + piece.length)
-                        piece.local(tensors[param]).copy_(part[span] if piece.dim == 0 else part[:, span])
+            yield f
     except SafetensorError as e:
         raise UserError(f"checkpoint: {path} cannot be read: {e}; point `latest` to an older step, or use another --out") from None

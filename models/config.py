@@ -184,6 +184,8 @@ class OptimConfig(_Checked):
     betas: tuple[Probability, Probability] = (0.9, 0.95)        # decay of the two moments
     eps: Positive = 1e-8                                        # in the denominator
     clip_grad: PositiveOrZero = 1.0                             # largest global gradient norm; 0: off
+    use_distributed_optimizer: bool = False                     # zero1: each rank of dp keeps and steps 1/dp of AdamW's state
+    ddp_bucket_size: Count = 4 << 20                            # gradients reduced in one call, as a number of them
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def _between(self) -> list[str]:
@@ -226,7 +228,7 @@ class Config(_Checked):
 
 ALIASES = {"tp": "model.tensor_model_parallel_size", "pp": "model.pipeline_model_parallel_size",
            "vpp": "model.virtual_pipeline_model_parallel_size", "sp": "model.sequence_parallel",
-           "ep": "model.expert_model_parallel_size"}
+           "ep": "model.expert_model_parallel_size", "zero1": "optim.use_distributed_optimizer"}
 _SECTION = {Config: "", ModelConfig: "model", OptimConfig: "optim", SchedConfig: "optim.sched", DataConfig: "data",
             TrainerConfig: "trainer"}
 _HINTS = {cls: typing.get_type_hints(cls, include_extras=True) for cls in _SECTION}

@@ -5,13 +5,16 @@
     torch.optim.AdamW(fused=True) on the masters; lr: linear warm-up, then cosine (or linear, or constant) to min_lr
 """
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..parallel.mesh import Axis
+from ..parallel.data_parallel import Buffer, DistributedDataParallel
 from ..parallel.sharding import grad_norm, reduce_partial_grads
 from .config import OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(cfg: OptimConfig, step: int, max_steps: int) -> float:
@@ -27,64 +30,99 @@ def learning_rate(cfg: OptimConfig, step: int, max_steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW of one rank. `masters` maps each parameter to the tensor that is stepped: itself, or its fp32 copy."""
+    """AdamW of what this rank steps of `ddp`'s parameters: all of them, or its parts of every bucket under ZeRO-1.
 
-    def __init__(self, model: nn.Module, cfg: OptimConfig, tp: Axis):
-        self.model, self.cfg, self.tp = model, cfg, tp
-        self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-        narrow = (torch.bfloat16, torch.float16)
-        self.masters: dict[Tensor, Tensor] = {p: p.detach().float() if p.dtype in narrow else p for p in self.params}
-        for p, master in self.masters.items():
-            if master is not p:
-                p.register_post_accumulate_grad_hook(self._to_main_grad)
-        decay = [m for p, m in self.masters.items() if p.dim() > 1]
-        plain = [m for p, m in self.masters.items() if p.dim() <= 1]  # norms and biases are not decayed
-        groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    `own` holds, for each buffer, flat tensors of exactly that: the moments, and fp32 masters where the weights are 16-bit.
+    `runs` are stretches of neighbours with one weight decay, as views: what torch.optim steps."""
 
-    def _to_main_grad(self, p: Tensor) -> None:
-        """A bf16 sum over micro-batches would lose their low bits: add in fp32, drop the bf16 gradient."""
-        master = self.masters[p]
-        assert p.grad is not None
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-        p.grad = None
+    def __init__(self, ddp: DistributedDataParallel, cfg: OptimConfig):
+        self.ddp, self.cfg, self.reduced = ddp, cfg, False
+        self.own: dict[Buffer, dict[str, Tensor]] = {}
+        self.copies: list[tuple[Tensor, Tensor]] = []                 # (weights, their masters)
+        self.runs: list[Tensor] = []
+        groups: dict[bool, list[Tensor]] = {True: [], False: []}      # decayed or not
+        for buffer in ddp.buffers:
+            parts = [bucket.own() for bucket in buffer.buckets]
+            zeros = [torch.zeros_like(buffer.grads[:buffer.numel // buffer.shards]) for _ in MOMENTS]
+            own = self.own[buffer] = dict(zip(MOMENTS, zeros))
+            if buffer.weights.dtype != buffer.grads.dtype:
+                own["master"] = torch.cat([buffer.weights[part] for part in parts]).to(buffer.grads.dtype)
+            for here, at, decay in _runs(buffer):
+                run = own["master"][at] if "master" in own else buffer.weights[here]
+                run.grad = buffer.grads[here]
+                groups[decay].append(run)
+                self.runs.append(run)
+                if "master" in own:
+                    self.copies.append((buffer.weights[here], run))
+        self.adamw = torch.optim.AdamW([{"params": runs, "weight_decay": cfg.weight_decay if decay else 0.0}
+                                        for decay, runs in groups.items() if runs], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+        runs = iter(self.runs)
+        for buffer, own in self.own.items():
+            for _, at, _ in _runs(buffer):
+                self.adamw.state[next(runs)] = {kind: own[kind][at] for kind in MOMENTS}
+        self.set_steps(0)
 
-    def grad_of(self, p: Tensor) -> Tensor | None:
-        return self.masters[p].grad
+    @torch.no_grad()
+    def reduce_grads(self) -> None:
+        """Sum over dp, then over the tp ranks that hold parts. Done by step(); twice is as once."""
+        self.ddp.finish()
+        if not self.reduced:
+            reduce_partial_grads(self.ddp.module, self.ddp.mesh.tp, self.ddp.parts)
+            self.reduced = True
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """Reduce, clip, update, zero. Returns the gradient's norm before the clip (nan or inf: nothing was updated)."""
-        reduce_partial_grads(self.model, self.tp, self.grad_of)
-        norm = grad_norm(self.model, self.tp, self.grad_of).item()
+        self.reduce_grads()
+        norm = grad_norm(self.ddp.module, self.ddp.mesh, self.ddp.parts, sharded=self.ddp.sharded).item()
         if math.isfinite(norm):
-            grads = [m.grad for m in self.masters.values() if m.grad is not None]
             if self.cfg.clip_grad and (scale := self.cfg.clip_grad / (norm + 1e-6)) < 1:
-                torch._foreach_mul_(grads, scale)
+                torch._foreach_mul_([run.grad for run in self.runs], scale)
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
-            for p, master in self.masters.items():
-                if master is not p:
-                    p.copy_(master)
-        self.zero_grad()
+            for weights, master in self.copies:
+                weights.copy_(master)
+            self.ddp.gather_weights()
+        self.ddp.zero_grad()
+        self.reduced = False
         return norm
 
-    def zero_grad(self) -> None:
-        for master in self.masters.values():
-            master.grad = None
+    def kinds(self) -> list[str]:
+        """What a checkpoint keeps for a parameter: exp_avg, exp_avg_sq, and master under 16-bit training."""
+        return list(dict.fromkeys(kind for own in self.own.values() for kind in own))
 
-    def state(self) -> dict[str, dict[Tensor, Tensor]]:
-        """{"exp_avg": {parameter: tensor}, "exp_avg_sq": ..., "master": ...}, tensors shaped like the local parameter."""
-        found: dict[str, dict[Tensor, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}, "master": {}}
-        for p, master in self.masters.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                found[key][p] = self.adamw.state[master].setdefault(key, torch.zeros_like(master))
-            if master is not p:
-                found["master"][p] = master
-        return {key: tensors for key, tensors in found.items() if tensors}
+    def state(self, kind: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """(parameter, whole tensor shaped like it) for one of kinds(), or "grad" after reduce_grads(). Collective under ZeRO-1."""
+        for buffer, own in self.own.items():
+            if kind == "grad":
+                yield from buffer.gather(torch.cat([buffer.grads[bucket.own()] for bucket in buffer.buckets]))
+            elif kind in own:
+                yield from buffer.gather(own[kind])
+
+    def set_state(self, kind: str, p: nn.Parameter, whole: Tensor) -> None:
+        """Take this rank's parts of one parameter's state."""
+        buffer = self.ddp.buffer_of[p]
+        for at, here in buffer.parts(p):
+            bucket = next(b for b in buffer.reaches(p) if b.start <= here.start < b.stop)
+            first = bucket.start // buffer.shards + here.start - bucket.own().start
+            self.own[buffer][kind][first:first + here.stop - here.start] = whole.reshape(-1)[at:at + here.stop - here.start]
 
     def set_steps(self, steps: int) -> None:
-        """After the state was loaded: how many updates it has seen (for Adam's bias correction)."""
-        for master in self.masters.values():
-            self.adamw.state[master]["step"] = torch.tensor(float(steps), device=master.device)
+        """How many updates the state has seen (for Adam's bias correction)."""
+        for run in self.runs:
+            self.adamw.state[run]["step"] = torch.tensor(float(steps), device=run.device)
+
+
+def _runs(buffer: Buffer) -> Iterator[tuple[slice, slice, bool]]:
+    """(in the buffer, in this rank's own, decayed?) of each stretch of one weight decay. Norms and biases are not decayed."""
+    for bucket in buffer.buckets:
+        own, found = bucket.own(), []
+        shift = own.start - bucket.start // buffer.shards
+        for p in bucket.params:
+            first, last = max(buffer.start[p], own.start), min(buffer.start[p] + p.numel(), own.stop)
+            if first < last and found and found[-1][2] == (p.dim() > 1):
+                found[-1] = (found[-1][0], last, found[-1][2])
+            elif first < last:
+                found.append((first, last, p.dim() > 1))
+        yield from ((slice(a, b), slice(a - shift, b - shift), decay) for a, b, decay in found)

@@ -1,10 +1,12 @@
 """The training loop: micro-batches -> loss -> gradients -> optimizer, the same code for one rank and for many.
 
-    step s reads samples (s-1) * global_batch_size ... s * global_batch_size of the endless order, in micro-batches;
+    step s reads samples (s-1) * global_batch_size ... s * global_batch_size of the endless order, in micro-batches
+    micro-batch i is computed by the rank i mod dp of dp: the same micro-batches whatever the layout
     loss and gradient are means over the step's tokens, so micro_batch_size changes speed and memory, not the result
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +20,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..kernels.comm import all_reduce
 from ..kernels.dispatch import not_built
+from ..parallel.data_parallel import DistributedDataParallel
 from ..parallel.errors import RunError, UserError
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
@@ -33,18 +37,22 @@ from .tokenizer import load_tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
 
 
-def forward_backward(model: GPT, data: Any, samples: int, m: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
-    """Accumulate the gradients of one step that starts at sample `samples`. Returns: the mean loss (0-d)."""
-    steps = m.global_batch_size // m.micro_batch_size
+def forward_backward(ddp: DistributedDataParallel, data: Any, samples: int, m: ModelConfig,
+                     device: torch.device | str = "cpu") -> Tensor:
+    """Accumulate the gradients of one step that starts at sample `samples`. Returns: the mean loss over all ranks (0-d)."""
+    dp, count = ddp.mesh.dp, m.global_batch_size // m.micro_batch_size
+    mine = range(dp.rank, count, dp.size)
     total: Tensor | None = None
-    for i in range(steps):
+    for i in mine:
         first = samples + i * m.micro_batch_size
         ids, labels = (torch.as_tensor(x).to(device, non_blocking=True) for x in data.batch(first, m.micro_batch_size))
-        loss = model(ids, labels, first) / steps
-        loss.backward()
+        loss = ddp(ids, labels, first) / len(mine)
+        with contextlib.nullcontext() if i == mine[-1] else ddp.no_sync():
+            loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
-    return total
+    ddp.finish()                                                      # the dp axis is free again
+    return all_reduce(total.view(1), dp.group)[0] / dp.size if dp.size > 1 else total
 
 
 class Run:
@@ -65,7 +73,9 @@ class Run:
         self.data = Dataset(tokens, config.model.seq_length, config.trainer.seed)
         self.model = GPT(config.model, self.mesh, vocab_size=self.vocab_size, seed=config.trainer.seed,
                          dtype=DTYPES[config.trainer.precision]).to(self.device)
-        self.optimizer = Optimizer(self.model, config.optim, self.mesh.tp)
+        self.ddp = DistributedDataParallel(self.model, self.mesh, bucket_size=config.optim.ddp_bucket_size,
+                                           use_distributed_optimizer=config.optim.use_distributed_optimizer)
+        self.optimizer = Optimizer(self.ddp, config.optim)
         self.step, self.samples = 0, 0
         if folder := checkpoint.find(out):
             state = checkpoint.load(folder, config, self.model, self.vocab_size, self.optimizer)
@@ -112,7 +122,7 @@ class Run:
     def train_step(self) -> tuple[float, float, float]:
         """One step. Returns: loss, gradient norm before the clip, learning rate. Raises: RunError when they are not finite."""
         c = self.config
-        loss = forward_backward(self.model, self.data, self.samples, c.model, self.device).item()
+        loss = forward_backward(self.ddp, self.data, self.samples, c.model, self.device).item()
         lr = learning_rate(c.optim, self.step + 1, c.trainer.max_steps)
         norm = self.optimizer.step(lr)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -127,8 +137,8 @@ class Run:
 
     def save(self) -> None:
         try:
-            checkpoint.save(self.out, self.config, self.model, self.optimizer, self.mesh.tp, step=self.step, samples=self.samples,
-                            vocab_size=self.vocab_size, extra={"tokenizer": self.config.data.tokenizer, "data": self.digest})
+            checkpoint.save(self.out, self.config, self.optimizer, step=self.step, samples=self.samples, vocab_size=self.vocab_size,
+                            extra={"tokenizer": self.config.data.tokenizer, "data": self.digest})
         except (OSError, SafetensorError) as e:                       # safetensors tells a full disk in its own words
             raise RunError(f"step {self.step}: the checkpoint could not be written to {self.out}: {getattr(e, 'strerror', None) or e}; "
                            "earlier checkpoints are untouched. Free space, then run the same command again") from e

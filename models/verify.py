@@ -11,12 +11,13 @@ import dataclasses
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.comm import all_reduce
+from ..parallel.data_parallel import DistributedDataParallel
 from ..parallel.layout import Layout
-from ..parallel.mesh import Mesh
-from ..parallel.sharding import named_pieces, reduce_partial_grads
+from ..parallel.mesh import Axis, Mesh
+from ..parallel.sharding import named_pieces
 from .config import Config
 from .gpt import GPT
 from .optimizer import Optimizer, learning_rate
@@ -40,11 +41,12 @@ class RandomTokens:
 
 @dataclasses.dataclass
 class Finding:
-    """One compared quantity. scale: the factor by which it is off where it is off by a factor, else 1."""
+    """One compared quantity. scale: the factor by which it is off where it is off by a factor, else 1. cause: what that hints at."""
     what: str
     name: str
     error: float
     scale: float
+    cause: str = ""
 
 
 def _compare(what: str, name: str, got: Tensor, want: Tensor, floor: float = 0.0) -> Finding:
@@ -55,55 +57,75 @@ def _compare(what: str, name: str, got: Tensor, want: Tensor, floor: float = 0.0
     return Finding(what, name, error / size if size else error, scale)
 
 
-def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plant=lambda model: None) -> list[Finding]:
+def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plant=lambda model: None,
+            wrap=DistributedDataParallel) -> list[Finding]:
     """Train `config` on `mesh` and as one process; what each rank finds, the worst over ranks. Collective.
 
-    plant: changes the parallel model before it runs, for tests that plant a fault."""
-    m = config.model
+    plant: changes the parallel model before it runs; wrap: what makes it data parallel. Both for tests that plant a fault."""
+    m, optim = config.model, config.optim
     single = dataclasses.replace(m, tensor_model_parallel_size=1, sequence_parallel=False)
     seed = config.trainer.seed
     models = [GPT(single, vocab_size=vocab_size, seed=seed, dtype=torch.float64),
               GPT(m, mesh, vocab_size=vocab_size, seed=seed, dtype=torch.float64)]
     plant(models[1])
-    axes = [Mesh().tp, mesh.tp]
-    optimizers = [Optimizer(model, config.optim, axis) for model, axis in zip(models, axes)]
+    ddps = [DistributedDataParallel(models[0]), wrap(models[1], mesh, bucket_size=optim.ddp_bucket_size,
+                                                     use_distributed_optimizer=optim.use_distributed_optimizer)]
+    optimizers = [Optimizer(ddp, optim) for ddp in ddps]
     data = RandomTokens(vocab_size, m.seq_length, seed)
     found: list[Finding] = []
     for step in range(1, steps + 1):
-        losses = [forward_backward(model, data, (step - 1) * m.global_batch_size, m) for model in models]
+        losses = [forward_backward(ddp, data, (step - 1) * m.global_batch_size, m) for ddp in ddps]
         found.append(_compare("loss", f"step {step}", losses[1], losses[0]))
         if step == 1:
-            reduce_partial_grads(models[1], mesh.tp)
-            found += _pieces("gradient", models, lambda p: p.grad)
-            for _, piece, p in named_pieces(models[1]):               # the optimizer reduces once more: undo ours
-                if piece.partial and p.grad is not None:
-                    piece.local(p.grad).div_(piece.copies)
-        lr = learning_rate(config.optim, step, steps)
+            for optimizer in optimizers:
+                optimizer.reduce_grads()
+            found += _pieces("gradient", models, [dict(optimizer.state("grad")) for optimizer in optimizers])
+        lr = learning_rate(optim, step, steps)
         norms = [torch.tensor(o.step(lr), dtype=torch.float64) for o in optimizers]
         found.append(_compare("gradient norm", f"step {step}", norms[1], norms[0]))
-    found += _pieces("weight", models, lambda p: p.detach())
-    return _worst_over_ranks(found, mesh)
+    found += _pieces("weight", models, [{p: p.detach() for p in model.parameters()} for model in models])
+    return _over_ranks(found, mesh)
 
 
-def _pieces(what: str, models: list[GPT], of) -> list[Finding]:
-    true = {name: piece.local(of(p)) for name, piece, p in named_pieces(models[0])}
+def _pieces(what: str, models: list[GPT], of: list[dict[nn.Parameter, Tensor]]) -> list[Finding]:
+    true = {name: piece.local(of[0][p]) for name, piece, p in named_pieces(models[0])}
     floor = 1e-3 * max(t.abs().max().item() for t in true.values())
-    return [_compare(what, name, piece.local(of(p)), piece.of(true[name]), floor) for name, piece, p in named_pieces(models[1])]
+    return [_compare(what, name, piece.local(of[1][p]), piece.of(true[name]), floor) for name, piece, p in named_pieces(models[1])]
 
 
-def _worst_over_ranks(found: list[Finding], mesh: Mesh) -> list[Finding]:
-    if mesh.tp.size == 1:
-        return found
+def _over_ranks(found: list[Finding], mesh: Mesh) -> list[Finding]:
+    """The worst error of each finding over all ranks, and its cause: where a sum over an axis is missing, the factors differ along
+    that axis and add up to 1; where a reduction is done twice or at the wrong scale, they are n or 1/n on all ranks."""
+    axes = [axis for axis in (mesh.tp, mesh.dp) if axis.size > 1]
+    scales = torch.nan_to_num(torch.tensor([f.scale for f in found], dtype=torch.float64), nan=torch.inf)
     errors = torch.nan_to_num(torch.tensor([f.error for f in found], dtype=torch.float64), nan=torch.inf)
-    worst = all_reduce(errors, mesh.tp.group, op="max")
-    return [dataclasses.replace(f, error=e) for f, e in zip(found, worst.tolist())]
+    parts = {}
+    for axis in axes:
+        total = all_reduce(scales, axis.group)
+        apart = all_reduce((scales - total / axis.size).abs(), axis.group, op="max")
+        parts[axis.name] = torch.stack([(total - 1).abs(), -apart])   # both large where a sum over this axis is not what is missing
+    low, high = -scales, scales.clone()
+    for axis in axes:
+        errors = all_reduce(errors, axis.group, op="max")
+        low, high = (all_reduce(x, axis.group, op="max") for x in (low, high))
+        parts = {name: all_reduce(x.contiguous(), axis.group, op="max") for name, x in parts.items()}
+    result = []
+    for i, f in enumerate(found):
+        missing = [name for name, x in parts.items() if x[0, i] < 1e-6 and x[1, i] < -1e-6]
+        even = (high[i] + low[i]).abs() < 1e-6
+        cause = f"sum over {' or '.join(missing)} missing?" if missing else suspect(f.scale, axes) if even else ""
+        result.append(dataclasses.replace(f, error=errors[i].item(), cause=cause if errors[i] > TOLERANCE else ""))
+    return result
 
 
-def suspect(f: Finding, tp: int) -> str:
-    """What a factor between ours and the truth hints at."""
-    for factor, words in ((tp, f"{tp} times too large: summed over tp twice?"), (1 / tp, f"{tp} times too small: sum over tp missing?")):
-        if tp > 1 and abs(f.scale / factor - 1) < 1e-3:
-            return words
+def suspect(scale: float, axes: list[Axis]) -> str:
+    """What a factor between ours and the truth, the same on all ranks, hints at."""
+    for n in sorted({axis.size for axis in axes}):
+        names = " or ".join(axis.name for axis in axes if axis.size == n)
+        for factor, words in ((n, f"{n} times too large: summed over {names} twice, or not divided by it?"),
+                              (1 / n, f"{n} times too small: sum over {names} missing, or divided by it twice?")):
+            if abs(scale / factor - 1) < 1e-3:
+                return words
     return ""
 
 
@@ -115,20 +137,21 @@ def verify(config: Config, *, steps: int = 5) -> int:
     mesh = Mesh.build(layout)
     found = compare(config, mesh, vocab_size=config.model.vocab_size or 257, steps=steps)
     bad = [f for f in found if not f.error <= TOLERANCE]
-    if mesh.tp.rank == 0:
-        report(found, bad, layout, steps)
+    if mesh.tp.rank == 0 and mesh.dp.rank == 0:
+        report(found, bad, layout, steps, zero1=config.optim.use_distributed_optimizer)
     return 1 if bad else 0
 
 
-def report(found: list[Finding], bad: list[Finding], layout: Layout, steps: int, file=None) -> None:
+def report(found: list[Finding], bad: list[Finding], layout: Layout, steps: int, file=None, *, zero1: bool = False) -> None:
     file = file or sys.stdout
-    print(f"verify: tp={layout.tp} sp={'on' if layout.sp else 'off'} against one process, float64, {steps} steps", file=file)
+    print(f"verify: tp={layout.tp} sp={'on' if layout.sp else 'off'} dp={layout.dp} zero1={'on' if zero1 else 'off'} against one process, "
+          f"float64, {steps} steps", file=file)
     print(f"    {'quantity':<16}{'worst':<52}{'error':>10}", file=file)
     for what in dict.fromkeys(f.what for f in found):
         worst = max((f for f in found if f.what == what), key=lambda f: f.error)
         count = sum(f.what == what for f in found)
         print(f"    {what:<16}{worst.name + f'  (of {count})':<52}{worst.error:10.1e}", file=file)
     for f in sorted(bad, key=lambda f: -f.error)[:20]:
-        print(f"    OFF {f.what} {f.name}: error {f.error:.1e} {suspect(f, layout.tp)}", file=file)
+        print(f"    OFF {f.what} {f.name}: error {f.error:.1e} {f.cause}", file=file)
     verdict = f"FAILED, {len(bad)} of {len(found)} quantities over" if bad else f"equal, {len(found)} quantities within"
     print(f"verify: {verdict} {TOLERANCE}", file=file, flush=True)

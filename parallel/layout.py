@@ -337,21 +337,39 @@ def _topk(m: ModelConfig, at: Layout) -> str | None:
             f"got {m.moe_router_topk} and {m.num_moe_experts}")
 
 
-# Axes whose arithmetic exists and whose layers do not: refused, never ignored.
-
-
-def _no_dp(m: ModelConfig, at: Layout) -> str | None:
-    if not at.whole or at.dp == 1:
+def _freq(m: ModelConfig, at: Layout) -> str | None:
+    freq = m.moe_layer_freq
+    if m.num_moe_experts is None or not isinstance(freq, tuple) or len(freq) == m.num_layers:
         return None
-    return (f"data parallelism is not in this version: the number of ranks must be {TP} x {PP}, "
-            f"got {RANKS} {at.world} and {at.tp} x {at.pp} = {at.tp * at.pp}")
+    return f"moe_layer_freq must have an entry for each layer, got {len(freq)} for {m.num_layers} layers"
 
 
-def _no_moe(m: ModelConfig, at: Layout) -> str | None:
-    if m.num_moe_experts is None:
+def _expert_groups(m: ModelConfig, at: Layout) -> str | None:
+    groups, kept, E = m.moe_router_num_groups, m.moe_router_group_topk, m.num_moe_experts
+    if E is None or (groups is None and kept is None):
         return None
-    return ("mixture of experts is not in this version: leave num_moe_experts out "
-            f"(with {EP} 1), got {m.num_moe_experts}")
+    if groups is None or kept is None:
+        return f"moe_router_num_groups and moe_router_group_topk go together, got {groups or 'none'} and {kept or 'none'}"
+    if E % groups:
+        return f"num_moe_experts must be a multiple of moe_router_num_groups (equal groups), got {E} and {groups}"
+    if kept > groups or E // groups * kept < m.moe_router_topk or m.moe_router_topk % kept:
+        return (f"moe_router_topk must be a multiple of moe_router_group_topk <= moe_router_num_groups and fit into the groups kept, "
+                f"got {m.moe_router_topk} experts of {kept} groups of {E // groups}, {groups} in all")
+    return None
+
+
+def _tokens(m: ModelConfig, at: Layout) -> str | None:
+    if m.num_moe_experts is None or at.sp or m.seq_length % at.tp == 0:
+        return None
+    return (f"seq_length must be a multiple of {TP} with experts (each rank routes a part of the sequence), "
+            f"got {m.seq_length} and {at.tp}")
+
+
+def _shared(m: ModelConfig, at: Layout) -> str | None:
+    shared = m.moe_shared_expert_intermediate_size
+    if m.num_moe_experts is None or shared is None or shared % at.tp == 0:
+        return None
+    return f"moe_shared_expert_intermediate_size must be a multiple of {TP}, got {shared} and {at.tp}"
 
 
 RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {                    # name: its check, the fields a fix may change
@@ -374,6 +392,8 @@ RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {                    # name: it
     "ep without experts": (_ep_dense, (EP,)),
     "experts over ep": (_experts, (EP, "num_moe_experts")),
     "topk": (_topk, ("moe_router_topk", "num_moe_experts")),
-    "no dp": (_no_dp, (RANKS, TP)),
-    "no moe": (_no_moe, ()),
+    "layers with experts": (_freq, ("num_layers",)),
+    "groups of experts": (_expert_groups, ("moe_router_topk", "num_moe_experts")),
+    "tokens over tp": (_tokens, ("seq_length", TP)),
+    "shared expert over tp": (_shared, ("moe_shared_expert_intermediate_size", TP)),
 }

@@ -10,14 +10,15 @@ A piece held by several ranks says so (`copies`), and whether their gradients ar
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.comm import all_reduce
-from .mesh import Axis
+from .mesh import Axis, Mesh
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ class Piece:
     def local(self, t: Tensor) -> Tensor:
         """The view of this piece in a tensor shaped like the local parameter."""
         return t.narrow(self.dim, self.at, self.length) if t.dim() else t
+
+    def runs(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+        """[first, last) of each contiguous run of this piece in the flattened local parameter of `shape`."""
+        if not shape or self.length == shape[self.dim]:
+            yield 0, prod(shape)
+            return
+        inner = prod(shape[self.dim + 1:])
+        for row in range(prod(shape[:self.dim])):
+            first = (row * shape[self.dim] + self.at) * inner
+            yield first, first + self.length * inner
 
     def of(self, full: Tensor) -> Tensor:
         """The view of this piece in the global tensor."""
@@ -96,36 +107,69 @@ def whole(piece: Piece) -> Piece:
     return replace(piece, start=0, length=piece.shape[piece.dim], at=0, copies=1, partial=False)
 
 
+# ---- gradients: all below see a parameter's gradient as (place in the flattened parameter, 1-d part of it held here) --------
+
+Parts = Callable[[nn.Parameter], Iterable[tuple[int, Tensor]]]
+
+
+def own_grad(param: nn.Parameter) -> list[tuple[int, Tensor]]:
+    """The gradient that autograd left, whole."""
+    return [] if param.grad is None else [(0, param.grad.view(-1))]
+
+
+def gradient_axis(param: Tensor, mesh: Mesh) -> tuple[Axis, float]:
+    """(the axis a parameter's gradient is summed over, the factor that goes with the sum).
+
+    The ranks of dp see different samples. A parameter marked `expert = True` gets the tokens of all ranks of ep in its own
+    backward, so only its replicas, over edp, are left to sum. The loss is a mean over dp either way: 1 / dp, not 1 / edp."""
+    return (mesh.edp if getattr(param, "expert", False) else mesh.dp), 1 / mesh.dp.size
+
+
+def _views(piece: Piece, param: nn.Parameter, parts: Parts) -> Iterator[Tensor]:
+    """What this rank holds of a piece's gradient."""
+    for start, part in parts(param):
+        for first, last in piece.runs(tuple(param.shape)):
+            first, last = max(first - start, 0), min(last - start, part.numel())
+            if first < last:
+                yield part[first:last]
+
+
 @torch.no_grad()
-def reduce_partial_grads(model: nn.Module, tp: Axis, grad_of=lambda p: p.grad) -> None:
+def reduce_partial_grads(model: nn.Module, tp: Axis, parts: Parts = own_grad) -> None:
     """Sum the gradients that tp ranks hold in parts (norms, biases under sequence parallelism; replicated key / value heads).
 
     One all-reduce for all of them: each piece stands at its own place in a buffer of distinct pieces, zero elsewhere."""
-    todo = [(piece, grad) for _, piece, p in named_pieces(model) if piece.partial and (grad := grad_of(p)) is not None]
-    if tp.size == 1 or not todo:
+    if tp.size == 1:
         return
-    views, sizes = [piece.local(g) for piece, g in todo], [tp.size // piece.copies * piece.length for piece, _ in todo]
-    rest = [v.numel() // max(1, p.length) for v, (p, _) in zip(views, todo)]
-    flat = views[0].new_zeros(sum(n * r for n, r in zip(sizes, rest)))
-    at, places = 0, []
-    for (piece, _), view, n, r in zip(todo, views, sizes, rest):
-        mine = at + tp.rank // piece.copies * view.numel()            # copies are neighbours: rank // copies names the block
-        places.append(slice(mine, mine + view.numel()))
-        flat[places[-1]] = view.reshape(-1)
-        at += n * r
-    flat = all_reduce(flat, tp.group)
-    for view, place in zip(views, places):
-        view.copy_(flat[place].view_as(view))
+    todo = [(view, tp.size // piece.copies, tp.rank // piece.copies)  # copies are neighbours: rank // copies names the block
+            for _, piece, p in named_pieces(model) if piece.partial for view in _views(piece, p, parts)]
+    if not todo:
+        return
+    flat = todo[0][0].new_zeros(sum(view.numel() * blocks for view, blocks, _ in todo))
+    places, at = [], 0
+    for view, blocks, block in todo:
+        mine = at + block * view.numel()
+        places.append(flat[mine:mine + view.numel()])
+        places[-1].copy_(view)
+        at += blocks * view.numel()
+    all_reduce(flat, tp.group, out=flat)
+    for (view, *_), place in zip(todo, places):
+        view.copy_(place)
 
 
 @torch.no_grad()
-def grad_norm(model: nn.Module, tp: Axis, grad_of=lambda p: p.grad) -> Tensor:
-    """The 2-norm of the whole model's gradient, every parameter counted once, summed in fp64 (0-d, fp64).
+def grad_norm(model: nn.Module, mesh: Mesh, parts: Parts = own_grad, *, sharded: bool = False) -> Tensor:
+    """The 2-norm of the whole model's gradient, every parameter counted once, summed in fp64 (0-d, fp64). Collective.
 
-    torch's fp32 norm on a CPU is off by up to 3e-4 on large tensors."""
+    What n ranks hold counts 1/n on each: n = copies over tp, times dp (experts: edp) unless `sharded`: there each holds another
+    part. torch's fp32 norm on a CPU is off by up to 3e-4 on large tensors."""
     total = torch.zeros(1, dtype=torch.float64)
     for _, piece, param in named_pieces(model):
-        if (grad := grad_of(param)) is not None and piece.length:
-            part = torch.linalg.vector_norm(piece.local(grad), dtype=torch.float64).square() / piece.copies
+        holders = piece.copies * (1 if sharded else gradient_axis(param, mesh)[0].size)
+        for view in _views(piece, param, parts):
+            part = torch.linalg.vector_norm(view, dtype=torch.float64).square() / holders
             total = total.to(part.device) + part
-    return (all_reduce(total, tp.group) if tp.size > 1 else total).sqrt()[0]
+    for axis in (mesh.tp, mesh.dp):                                   # together the ranks of a stage, experts' too
+        if axis.size > 1:
+            total = all_reduce(total, axis.group)
+    return total.sqrt()[0]

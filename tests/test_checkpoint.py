@@ -14,6 +14,7 @@ from interlace.models.gpt import GPT
 from interlace.models.optimizer import Optimizer
 from interlace.models.train import forward_backward
 from interlace.models.verify import RandomTokens
+from interlace.parallel.data_parallel import DistributedDataParallel
 from interlace.parallel.errors import UserError
 from interlace.parallel.mesh import Mesh
 from interlace.parallel.sharding import named_pieces
@@ -23,28 +24,29 @@ GQA = {"num_query_groups": 2, "add_bias_linear": True, "vocab_size": 41, "normal
 
 def build(cfg, mesh, seed=1):
     model = GPT(cfg.model, mesh, vocab_size=cfg.model.vocab_size, seed=seed, dtype=torch.float64)
-    return model, Optimizer(model, cfg.optim, mesh.tp)
+    return model, Optimizer(DistributedDataParallel(model, mesh, bucket_size=cfg.optim.ddp_bucket_size,
+                                                    use_distributed_optimizer=cfg.optim.use_distributed_optimizer), cfg.optim)
 
 
-def steps(cfg, model, opt, first, last):
+def steps(cfg, opt, first, last):
     data = RandomTokens(cfg.model.vocab_size, cfg.model.seq_length, 9)
     size = cfg.model.global_batch_size
-    return [(forward_backward(model, data, s * size, cfg.model).item(), opt.step(0.01))[0] for s in range(first, last)]
+    return [(forward_backward(opt.ddp, data, s * size, cfg.model).item(), opt.step(0.01))[0] for s in range(first, last)]
 
 
-def _save(rank, world, out, sp):
-    cfg = config(GQA, world, sp)
+def _save(rank, world, out, tp, sp, zero1):
+    cfg = config(GQA, tp, sp, use_distributed_optimizer=zero1)
     mesh = mesh_of(cfg, world)
     model, opt = build(cfg, mesh)
-    losses = steps(cfg, model, opt, 0, 3)
-    checkpoint.save(out, cfg, model, opt, mesh.tp, step=3, samples=12, vocab_size=41)
-    after = steps(cfg, model, opt, 3, 5)
+    losses = steps(cfg, opt, 0, 3)
+    checkpoint.save(out, cfg, opt, step=3, samples=12, vocab_size=41)
+    after = steps(cfg, opt, 3, 5)
     if rank == 0:
         (out / "losses.json").write_text(json.dumps(losses + after))
 
 
-def _load_and_go_on(rank, world, out, sp):
-    cfg = config(GQA, world, sp)
+def _load_and_go_on(rank, world, out, tp, sp, zero1):
+    cfg = config(GQA, tp, sp, use_distributed_optimizer=zero1)
     mesh = mesh_of(cfg, world)
     model, opt = build(cfg, mesh, seed=2)                             # other weights, to be overwritten
     state = checkpoint.load(checkpoint.find(out), cfg, model, 41, opt)
@@ -54,24 +56,29 @@ def _load_and_go_on(rank, world, out, sp):
         assert torch.equal(piece.local(p), piece.of(whole.pop(name))), name
     assert not whole, "tensors nobody read"
     want = json.loads((out / "losses.json").read_text())[3:]
-    for got, w in zip(steps(cfg, model, opt, 3, 5), want):
+    for got, w in zip(steps(cfg, opt, 3, 5), want):
         assert abs(got - w) <= 1e-12 * abs(w), "training goes on differently"
 
 
-@pytest.mark.parametrize("save, load", [((1, False), (2, True)), ((2, True), (4, False)), ((4, True), (1, False)), ((4, False), (2, True))],
-                         ids=str)
+ONE, TP2SP, TP4, TP4SP = (1, 1, False, False), (2, 2, True, False), (4, 4, False, False), (4, 4, True, False)     # ranks, tp, sp, ZeRO-1
+DP2, DP2Z, DP2TP2, DP2TP2Z = (2, 1, False, False), (2, 1, False, True), (4, 2, True, False), (4, 2, True, True)
+
+
+@pytest.mark.parametrize("save, load", [
+    (ONE, TP2SP), (TP2SP, TP4), (TP4SP, ONE), (TP4, TP2SP), (ONE, DP2Z), (DP2Z, ONE), (DP2Z, DP2), (DP2, DP2TP2Z), (DP2TP2Z, TP2SP),
+    (TP4, DP2TP2Z), (DP2TP2Z, DP2Z), (DP2TP2, DP2Z)], ids=str)
 def test_any_layout_loads_any_other(save, load, tmp_path):
-    run(save[0], _save, save[0], tmp_path, save[1])
-    run(load[0], _load_and_go_on, load[0], tmp_path, load[1])
+    run(save[0], _save, save[0], tmp_path, *save[1:])
+    run(load[0], _load_and_go_on, load[0], tmp_path, *load[1:])
 
 
 @pytest.fixture
 def saved(tmp_path):
     cfg = config(GQA)
     model, opt = build(cfg, Mesh())
-    steps(cfg, model, opt, 0, 1)
+    steps(cfg, opt, 0, 1)
     for step in (1, 2):
-        checkpoint.save(tmp_path, cfg, model, opt, Mesh().tp, step=step, samples=4 * step, vocab_size=41)
+        checkpoint.save(tmp_path, cfg, opt, step=step, samples=4 * step, vocab_size=41)
     return tmp_path, cfg, model, opt
 
 
@@ -133,7 +140,7 @@ def test_a_failed_save_leaves_the_last_one(saved, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(out, cfg, model, opt, Mesh().tp, step=3, samples=12, vocab_size=41)
+        checkpoint.save(out, cfg, opt, step=3, samples=12, vocab_size=41)
     assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-00000001", "step-00000002", "latest"}
     assert checkpoint.load(checkpoint.find(out), cfg, model, 41, opt)["step"] == 2
 
@@ -141,5 +148,5 @@ def test_a_failed_save_leaves_the_last_one(saved, monkeypatch):
 def test_old_ones_go(saved):
     out, cfg, model, opt = saved
     for step in (3, 4, 5):
-        checkpoint.save(out, cfg, model, opt, Mesh().tp, step=step, samples=0, vocab_size=41)
+        checkpoint.save(out, cfg, opt, step=step, samples=0, vocab_size=41)
     assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == [f"step-{s:08d}" for s in (3, 4, 5)]

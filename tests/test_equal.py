@@ -34,7 +34,9 @@ OPTIONS = {
 
 def config(options, tp=1, sp=False, **optim):
     model = ModelConfig(**{**BASE, **options}, tensor_model_parallel_size=tp, sequence_parallel=sp)
-    return Config(model=model, optim=OptimConfig(lr=0.01, min_lr=0.001, clip_grad=0.1, sched=SchedConfig(warmup_steps=2), **optim))
+    few = {"ddp_bucket_size": 3000}                                   # numbers: several buckets of these small models
+    return Config(model=model, optim=OptimConfig(**{"lr": 0.01, "min_lr": 0.001, "clip_grad": 0.1, "sched": SchedConfig(warmup_steps=2),
+                                                    **few, **optim}))
 
 
 _meshes = {}
@@ -47,10 +49,10 @@ def mesh_of(cfg, world):
     return _meshes[key]
 
 
-def _equal(rank, world, options, tp, sp, plant=None):
+def _equal(rank, world, options, tp, sp, **optim):
     torch.manual_seed(rank)                                           # nothing may depend on torch's own generator
-    cfg = config(options, tp, sp)
-    found = compare(cfg, mesh_of(cfg, world), vocab_size=cfg.model.vocab_size, steps=5, plant=plant or (lambda model: None))
+    cfg = config(options, tp, sp, **optim)
+    found = compare(cfg, mesh_of(cfg, world), vocab_size=cfg.model.vocab_size, steps=5)
     bad = [f for f in found if not f.error <= TOLERANCE]
     assert not bad, "\n".join(f"{f.what} {f.name}: {f.error:.1e}" for f in bad[:10])
     kinds = {f.what for f in found}
@@ -71,6 +73,26 @@ def _without_heap(rank, world, sp):
     found = compare(cfg, mesh, vocab_size=45, steps=2)
     assert all(f.error <= TOLERANCE for f in found)
     assert heap_module.heap_of(mesh.tp.group) is None
+
+
+# Every value of every option, and every pair of them with a dp and a tp: dp, tp, sp, ZeRO-1, micro-batches of a rank, model, bucket size.
+DATA = [
+    (2, 1, False, False, 2, "llama", 3000), (2, 1, False, True, 1, "gpt2", 3000), (2, 1, False, True, 2, "dropout", 1 << 20),
+    (4, 1, False, False, 1, "dropout-learned-tied", 1000), (4, 1, False, True, 2, "gqa-replicated", 500), (3, 1, False, True, 1, "mqa", 700),
+    (3, 1, False, False, 2, "gpt2", 1 << 20), (2, 2, False, False, 1, "gqa-replicated", 1000), (2, 2, False, True, 2, "mqa", 300),
+    (2, 2, True, True, 1, "gpt2", 1000), (2, 2, True, False, 2, "recompute", 3000), (2, 2, True, True, 2, "mqa", 1 << 20),
+    (2, 2, True, True, 1, "padding-only-rank", 1),
+]
+
+
+def _data_parallel(rank, dp, tp, sp, zero1, rounds, name, bucket):
+    options = {**OPTIONS[name], "micro_batch_size": 2, "global_batch_size": 2 * rounds * dp}
+    _equal(rank, dp * tp, options, tp, sp, use_distributed_optimizer=zero1, ddp_bucket_size=bucket)
+
+
+@pytest.mark.parametrize("case", DATA, ids=lambda c: f"dp{c[0]}-tp{c[1]}{'-sp' * c[2]}{'-zero1' * c[3]}-{c[4]}x-{c[5]}-{c[6]}")
+def test_data_parallel_equals_one_process(case):
+    run(case[0] * case[1], _data_parallel, *case)
 
 
 @pytest.mark.parametrize("sp", [False, True], ids=["", "sp"])

@@ -15,6 +15,7 @@ from interlace.models.gpt import GPT
 from interlace.models.optimizer import Optimizer
 from interlace.models.train import DTYPES, forward_backward
 from interlace.models.verify import RandomTokens
+from interlace.parallel.data_parallel import DistributedDataParallel
 from interlace.parallel.errors import UserError
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Axis, Mesh
@@ -101,10 +102,10 @@ class Counted:
 def _traffic(rank, cfg):
     m = cfg.model
     model, layout, mesh = build(cfg)
-    optimizer = Optimizer(model, cfg.optim, mesh.tp)
+    optimizer = Optimizer(DistributedDataParallel(model, mesh), cfg.optim)
     model.train()
     with Counted(layout.tp) as seen:
-        forward_backward(model, RandomTokens(m.vocab_size, m.seq_length, 0), 0, m)
+        forward_backward(optimizer.ddp, RandomTokens(m.vocab_size, m.seq_length, 0), 0, m)
         optimizer.step(1e-3)
     calls, sizes = Counter(), Counter()
     for row in tp_traffic(cfg, layout):
@@ -191,15 +192,15 @@ def test_activations_of_other_types(name, precision):
 def _state(rank, cfg):
     m = cfg.model
     model, layout, mesh = build(cfg)
-    optimizer = Optimizer(model, cfg.optim, mesh.tp)
+    optimizer = Optimizer(DistributedDataParallel(model, mesh), cfg.optim)
     need = memory(cfg, layout, m.vocab_size)
-    forward_backward(model, RandomTokens(m.vocab_size, m.seq_length, 0), 0, m)
+    forward_backward(optimizer.ddp, RandomTokens(m.vocab_size, m.seq_length, 0), 0, m)
     params = list(model.parameters())
     assert nbytes(params) == need["weights"]
-    assert nbytes([g for p in params for g in {p.grad, optimizer.grad_of(p)} if g is not None]) == need["gradients"]
+    assert nbytes([p.main_grad for p in params]) == need["gradients"] and all(p.grad is None for p in params)
     optimizer.step(1e-3)
     state = [t for per in optimizer.adamw.state.values() for t in per.values() if t.dim()]   # the counters apart
-    masters = [t for p, t in optimizer.masters.items() if t is not p]
+    masters = [own["master"] for own in optimizer.own.values() if "master" in own]
     assert nbytes(state + masters) == need["optimizer"]
     if layout.tp > 1:
         assert 2 * heap_of(mesh.tp.group).nbytes == HEAP == need["shared memory for collectives (CPU)"]

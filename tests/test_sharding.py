@@ -186,7 +186,7 @@ def _norm(rank, t, options, sp):
         names[name] = true_grad(name, piece.shape)
         piece.local(p.grad).copy_(piece.of(names[name]))
     want = sum(g.square().sum() for g in names.values()).sqrt()
-    got = grad_norm(model, axis(t))
+    got = grad_norm(model, Mesh(tp=axis(t)))
     assert got.dtype == torch.float64 and got.dim() == 0
     torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
 
@@ -202,9 +202,9 @@ def test_the_norm_of_one_process_is_torchs():
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3)).double()
     model(torch.randn(4, 7, dtype=torch.float64)).sum().backward()
     want = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    torch.testing.assert_close(grad_norm(model, Axis("tp")), want, rtol=1e-14, atol=0)
+    torch.testing.assert_close(grad_norm(model, Mesh()), want, rtol=1e-14, atol=0)
     model[0].bias.grad = None                                         # a frozen parameter
-    assert grad_norm(model, Axis("tp")) < want
+    assert grad_norm(model, Mesh()) < want
 
 
 class Mixed(nn.Module):

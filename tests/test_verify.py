@@ -8,6 +8,7 @@ from test_equal import config, mesh_of
 from interlace.models.gpt import GPT
 from interlace.models.verify import TOLERANCE, compare, report, suspect
 from interlace.parallel.collectives import reduce_from
+from interlace.parallel.mesh import Axis
 
 
 def _no_norm_reduction(model):
@@ -95,7 +96,8 @@ def test_names_what_is_off():
 
 
 def test_suspect():
-    from interlace.models.verify import Finding
-    assert "missing" in suspect(Finding("gradient", "w", 0.5, 0.5), 2)
-    assert "twice" in suspect(Finding("gradient", "w", 1.0, 2.0), 2)
-    assert suspect(Finding("gradient", "w", 1.0, 1.3), 2) == ""
+    axes = [Axis("tp", 2), Axis("dp", 4)]
+    assert "sum over tp missing" in suspect(0.5, axes) and "dp" not in suspect(0.5, axes)
+    assert "4 times too large: summed over dp twice" in suspect(4.0, axes)
+    assert "tp or dp" in suspect(2.0, [Axis("tp", 2), Axis("dp", 2)])
+    assert suspect(1.3, axes) == suspect(1.0, axes) == suspect(0.0, axes) == ""
