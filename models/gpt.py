@@ -23,6 +23,7 @@ from ..parallel.deferred import Deferred
 from ..parallel.expert_parallel import MoELayer, RouterOptions
 from ..parallel.layout import stage_layers, stages_of_rank
 from ..parallel.mesh import Axis, Mesh
+from ..parallel.pipeline_parallel import Pipeline
 from ..parallel.sharding import init_parameters, replicated, set_pieces
 from ..parallel.tensor_parallel import (
     ColumnParallelLinear,
@@ -185,8 +186,8 @@ class GPT(nn.Module):
         mesh = mesh or Mesh()
         tp = mesh.tp
         self.cfg, self.tp, self.vocab_size, self.dtype = cfg, tp, vocab_size, dtype
-        layers = stage_layers(cfg)
-        self.plan = {i: layers[i] for i in stages_of_rank(cfg, mesh.pp.rank)}                          # stage -> its layers
+        layers = stage_layers(cfg) if mesh.pp.size > 1 else [range(cfg.num_layers)]
+        self.plan = {i: layers[i] for i in (stages_of_rank(cfg, mesh.pp.rank) if mesh.pp.size > 1 else [0])}   # stage -> its layers
         self.first, self.last = 0 in self.plan, len(layers) - 1 in self.plan
         tied = cfg.share_embeddings_and_output_weights
         self.embed_tokens = self.position_embeddings = self.norm = self.lm_head = None
@@ -206,6 +207,9 @@ class GPT(nn.Module):
         if self.last:
             self.norm = Norm(cfg, tp, dtype)
             self.lm_head = ParallelHead(self.embed_tokens or table(), tied=tied, init_std=cfg.init_method_std)
+        if tied and self.first != self.last:
+            self.embed_tokens.weight.stages = 2
+        self.pipeline: Pipeline | None = None                         # made with the first step (models/train.py)
         init_parameters(self, seed)
 
     def embed(self, ids: Tensor, first_sample: int = 0) -> Tensor:
@@ -245,13 +249,23 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, labels: Tensor, first_sample: int = 0) -> Tensor:
         return self.loss(self.hidden(ids, first_sample), labels)
 
-    def stages(self) -> dict[int, nn.Module]:
+    def stages(self) -> dict[int, Stage]:
+        """This rank's part of a pipeline, by stage number."""
         return {i: Stage(self, i) for i in self.plan}
+
+    def scale_losses(self, scale: float) -> None:
+        """What the losses that balance experts are multiplied by in the backward: 1 / micro-batches of a step."""
+        for layer in self.moe_layers().values():
+            layer.loss_scale = scale
+
+    def moe_layers(self) -> dict[str, MoELayer]:
+        """{layer number: its MoELayer} of this rank."""
+        return {i: block.mlp for i, block in self.layers.items() if isinstance(block.mlp, MoELayer)}
 
 
 class Stage(nn.Module):
     """One stage as a module of its own, over parameters that stay the model's: (ids or h), labels, first_sample -> h, or in the last
-    stage the loss, [1]. loss_scale: of the loss, 1 / micro-batches of a step."""
+    stage the loss, [1], times loss_scale: 1 / micro-batches of a step."""
 
     def __init__(self, model: GPT, index: int):
         super().__init__()

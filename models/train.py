@@ -26,6 +26,8 @@ from ..parallel.data_parallel import DistributedDataParallel
 from ..parallel.errors import RunError, UserError
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
+from ..parallel.pipeline_parallel import Pipeline
+from ..parallel.sharding import reduce_tied_grads
 from . import checkpoint
 from .config import Config, ModelConfig, to_yaml
 from .data import Dataset, build_tokens
@@ -40,8 +42,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float6
 def forward_backward(ddp: DistributedDataParallel, data: Any, samples: int, m: ModelConfig,
                      device: torch.device | str = "cpu") -> Tensor:
     """Accumulate the gradients of one step that starts at sample `samples`. Returns: the mean loss over all ranks (0-d)."""
-    dp, count = ddp.mesh.dp, m.global_batch_size // m.micro_batch_size
-    mine = range(dp.rank, count, dp.size)
+    mesh, count = ddp.mesh, m.global_batch_size // m.micro_batch_size
+    dp, mine = mesh.dp, range(mesh.dp.rank, count, mesh.dp.size)
+    ddp.module.scale_losses(1 / len(mine))
+    if mesh.pp.size > 1:
+        return _pipelined(ddp, data, samples, mine, m, device)
     total: Tensor | None = None
     for i in mine:
         first = samples + i * m.micro_batch_size
@@ -53,6 +58,24 @@ def forward_backward(ddp: DistributedDataParallel, data: Any, samples: int, m: M
     assert total is not None
     ddp.finish()                                                      # the dp axis is free again
     return all_reduce(total.view(1), dp.group)[0] / dp.size if dp.size > 1 else total
+
+
+def _pipelined(ddp: DistributedDataParallel, data: Any, samples: int, mine: range, m: ModelConfig, device: torch.device | str) -> Tensor:
+    """The same over the stages of pp. Gradients are reduced after the last micro-batch: those of tied embeddings first."""
+    model, mesh, B = ddp.module, ddp.mesh, m.micro_batch_size
+    if model.pipeline is None:
+        rows = m.seq_length // (mesh.tp.size if m.sequence_parallel else 1)
+        model.pipeline = Pipeline(model.stages(), mesh.pp, num_stages=mesh.pp.size * m.chunks, schedule=m.schedule, microbatches=len(mine),
+                                  shape=(rows, B, m.hidden_size), dtype=model.dtype,
+                                  loss_dtype=torch.promote_types(model.dtype, torch.float32), device=torch.device(device))
+    firsts = [samples + i * B for i in mine]
+    batches = [data.batch(first, B) for first in firsts]
+    ids, labels = (torch.cat([torch.as_tensor(b[k]) for b in batches]).to(device, non_blocking=True) for k in (0, 1))
+    with ddp.no_sync():
+        total = model.pipeline.step(ids, labels, torch.tensor(firsts))
+    reduce_tied_grads(model, mesh)
+    ddp.finish()
+    return all_reduce(total.view(1), mesh.dp.group)[0] / mesh.dp.size if mesh.dp.size > 1 else total
 
 
 class Run:

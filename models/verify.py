@@ -13,8 +13,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from ..kernels.comm import all_reduce
 from ..parallel.data_parallel import DistributedDataParallel
+from ..parallel.expert_parallel import take_statistics, update_expert_biases
 from ..parallel.layout import Layout
 from ..parallel.mesh import Axis, Mesh
 from ..parallel.sharding import named_pieces
@@ -46,15 +46,16 @@ class Finding:
     name: str
     error: float
     scale: float
+    expert: bool = False                                              # of an expert: summed over edp, not dp
     cause: str = ""
 
 
-def _compare(what: str, name: str, got: Tensor, want: Tensor, floor: float = 0.0) -> Finding:
+def _compare(what: str, name: str, got: Tensor, want: Tensor, floor: float = 0.0, expert: bool = False) -> Finding:
     size = max(floor, want.abs().max().item() if want.numel() else 0.0)
     error = (got - want).abs().max().item() if want.numel() else 0.0
     norm = want.square().sum().item()
     scale = (got * want).sum().item() / norm if norm else 1.0
-    return Finding(what, name, error / size if size else error, scale)
+    return Finding(what, name, error / size if size else error, scale, expert)
 
 
 def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plant=lambda model: None,
@@ -63,7 +64,10 @@ def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plan
 
     plant: changes the parallel model before it runs; wrap: what makes it data parallel. Both for tests that plant a fault."""
     m, optim = config.model, config.optim
-    single = dataclasses.replace(m, tensor_model_parallel_size=1, sequence_parallel=False)
+    single = dataclasses.replace(
+        m, tensor_model_parallel_size=1, sequence_parallel=False, expert_model_parallel_size=1, pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None, pipeline_parallel_schedule=None, num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None)
     seed = config.trainer.seed
     models = [GPT(single, vocab_size=vocab_size, seed=seed, dtype=torch.float64),
               GPT(m, mesh, vocab_size=vocab_size, seed=seed, dtype=torch.float64)]
@@ -80,9 +84,15 @@ def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plan
             for optimizer in optimizers:
                 optimizer.reduce_grads()
             found += _pieces("gradient", models, [dict(optimizer.state("grad")) for optimizer in optimizers])
+        seen = [take_statistics(ddp.module, ddp.mesh) for ddp in ddps]
+        for name, got in seen[1].items():
+            found.append(_compare("balancing losses", f"layer {name}, step {step}", got.losses, seen[0][name].losses))
+            found.append(_compare("tokens per expert", f"layer {name}, step {step}", got.tokens.double(), seen[0][name].tokens.double()))
         lr = learning_rate(optim, step, steps)
         norms = [torch.tensor(o.step(lr), dtype=torch.float64) for o in optimizers]
         found.append(_compare("gradient norm", f"step {step}", norms[1], norms[0]))
+        for model, stats in zip(models, seen):
+            update_expert_biases(model, stats, m.moe_router_bias_update_rate)
     found += _pieces("weight", models, [{p: p.detach() for p in model.parameters()} for model in models])
     return _over_ranks(found, mesh)
 
@@ -90,32 +100,50 @@ def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plan
 def _pieces(what: str, models: list[GPT], of: list[dict[nn.Parameter, Tensor]]) -> list[Finding]:
     true = {name: piece.local(of[0][p]) for name, piece, p in named_pieces(models[0])}
     floor = 1e-3 * max(t.abs().max().item() for t in true.values())
-    return [_compare(what, name, piece.local(of[1][p]), piece.of(true[name]), floor) for name, piece, p in named_pieces(models[1])]
+    return [_compare(what, name, piece.local(of[1][p]), piece.of(true[name]), floor, getattr(p, "expert", False))
+            for name, piece, p in named_pieces(models[1])]
+
+
+Place = dict[str, int]                                                # a rank's coordinates
 
 
 def _over_ranks(found: list[Finding], mesh: Mesh) -> list[Finding]:
-    """The worst error of each finding over all ranks, and its cause: where a sum over an axis is missing, the factors differ along
-    that axis and add up to 1; where a reduction is done twice or at the wrong scale, they are n or 1/n on all ranks."""
-    axes = [axis for axis in (mesh.tp, mesh.dp) if axis.size > 1]
-    scales = torch.nan_to_num(torch.tensor([f.scale for f in found], dtype=torch.float64), nan=torch.inf)
-    errors = torch.nan_to_num(torch.tensor([f.error for f in found], dtype=torch.float64), nan=torch.inf)
-    parts = {}
-    for axis in axes:
-        total = all_reduce(scales, axis.group)
-        apart = all_reduce((scales - total / axis.size).abs(), axis.group, op="max")
-        parts[axis.name] = torch.stack([(total - 1).abs(), -apart])   # both large where a sum over this axis is not what is missing
-    low, high = -scales, scales.clone()
-    for axis in axes:
-        errors = all_reduce(errors, axis.group, op="max")
-        low, high = (all_reduce(x, axis.group, op="max") for x in (low, high))
-        parts = {name: all_reduce(x.contiguous(), axis.group, op="max") for name, x in parts.items()}
-    result = []
-    for i, f in enumerate(found):
-        missing = [name for name, x in parts.items() if x[0, i] < 1e-6 and x[1, i] < -1e-6]
-        even = (high[i] + low[i]).abs() < 1e-6
-        cause = f"sum over {' or '.join(missing)} missing?" if missing else suspect(f.scale, axes) if even else ""
-        result.append(dataclasses.replace(f, error=errors[i].item(), cause=cause if errors[i] > TOLERANCE else ""))
-    return result
+    """What all ranks found, one of each name: the worst error, and its cause. Collective over the world."""
+    import torch.distributed as dist
+    axes = [axis for axis in (mesh.tp, mesh.dp, mesh.pp, mesh.edp) if axis.size > 1]
+    if not axes and mesh.ep.size == 1:
+        return found
+    place = {a.name: a.rank for a in (mesh.tp, mesh.dp, mesh.pp, mesh.ep, mesh.edp)}
+    every: list[tuple[Place, list[Finding]]] = [None] * dist.get_world_size()  # type: ignore[list-item]
+    dist.all_gather_object(every, (place, found))
+    alike: dict[tuple[str, str], list[tuple[Place, Finding]]] = {}
+    for at, rows in every:
+        for f in rows:
+            alike.setdefault((f.what, f.name), []).append((at, f))
+    return [_worst(rows, axes) for rows in alike.values()]
+
+
+def _worst(rows: list[tuple[Place, Finding]], axes: list[Axis]) -> Finding:
+    """Where a sum over an axis is missing, the factors differ along that axis and add up to 1; where a reduction is done twice or at
+    the wrong scale, they are n or 1/n on all ranks."""
+    worst = max((f for _, f in rows), key=lambda f: f.error if f.error == f.error else float("inf"))
+    if worst.error <= TOLERANCE:
+        return worst
+    grid = ("edp", "ep", "pp") if worst.expert else ("tp", "dp", "pp")
+    mine = [axis for axis in axes if axis.name in grid]
+    scales = [f.scale for _, f in rows]
+    missing = [axis.name for axis in mine if _adds_up(rows, axis, grid)]
+    even = max(scales) - min(scales) < 1e-6
+    cause = f"sum over {' or '.join(missing)} missing?" if missing else suspect(worst.scale, mine) if even else ""
+    return dataclasses.replace(worst, cause=cause)
+
+
+def _adds_up(rows: list[tuple[Place, Finding]], axis: Axis, grid: tuple[str, ...]) -> bool:
+    """Whether the factors along the axis are different, and sum to 1, wherever the other coordinates are."""
+    lines: dict[tuple[int, ...], list[float]] = {}
+    for at, f in rows:
+        lines.setdefault(tuple(at[a] for a in grid if a != axis.name), []).append(f.scale)
+    return all(len(x) == axis.size and abs(sum(x) - 1) < 1e-6 < max(x) - min(x) for x in lines.values())
 
 
 def suspect(scale: float, axes: list[Axis]) -> str:
@@ -137,15 +165,16 @@ def verify(config: Config, *, steps: int = 5) -> int:
     mesh = Mesh.build(layout)
     found = compare(config, mesh, vocab_size=config.model.vocab_size or 257, steps=steps)
     bad = [f for f in found if not f.error <= TOLERANCE]
-    if mesh.tp.rank == 0 and mesh.dp.rank == 0:
+    if world == 1 or dist.get_rank() == 0:
         report(found, bad, layout, steps, zero1=config.optim.use_distributed_optimizer)
     return 1 if bad else 0
 
 
 def report(found: list[Finding], bad: list[Finding], layout: Layout, steps: int, file=None, *, zero1: bool = False) -> None:
     file = file or sys.stdout
-    print(f"verify: tp={layout.tp} sp={'on' if layout.sp else 'off'} dp={layout.dp} zero1={'on' if zero1 else 'off'} against one process, "
-          f"float64, {steps} steps", file=file)
+    more = "".join(f" {name}={n}" for name, n in (("pp", layout.pp), ("vpp", layout.vpp or 1), ("ep", layout.ep)) if n > 1)
+    print(f"verify: tp={layout.tp} sp={'on' if layout.sp else 'off'} dp={layout.dp} zero1={'on' if zero1 else 'off'}{more} against one "
+          f"process, float64, {steps} steps", file=file)
     print(f"    {'quantity':<16}{'worst':<52}{'error':>10}", file=file)
     for what in dict.fromkeys(f.what for f in found):
         worst = max((f for f in found if f.what == what), key=lambda f: f.error)

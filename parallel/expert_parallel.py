@@ -27,7 +27,7 @@ from .collectives import scatter_to, stack_from
 from .mesh import Axis, Mesh
 from .sharding import Piece, init_parameters, replicated, set_pieces
 
-__all__ = ["Experts", "MoELayer", "RouterOptions", "TopKRouter", "update_expert_biases"]
+__all__ = ["Experts", "MoELayer", "RouterOptions", "Statistics", "TopKRouter", "take_statistics", "update_expert_biases"]
 
 
 @dataclass(frozen=True)
@@ -207,13 +207,38 @@ class MoELayer(nn.Module):
         self.losses += losses * self.loss_scale
 
 
+@dataclass
+class Statistics:
+    """What a layer saw since it was last asked, over all ranks: tokens [E] that chose each expert, slots dropped, and the mean
+    losses [2]: load balancing, z."""
+    tokens: Tensor
+    dropped: Tensor
+    losses: Tensor
+
+    @property
+    def imbalance(self) -> float:
+        """The busiest expert's load over the mean load."""
+        return (self.tokens.max() / self.tokens.double().mean().clamp(min=1)).item()
+
+
 @torch.no_grad()
-def update_expert_biases(model: nn.Module, mesh: Mesh, rate: float) -> None:
-    """After a step: move the bias of every router that has one towards an even load, by the counts of all ranks; reset the counts."""
-    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
-    if biased := [layer for layer in layers if layer.gate.expert_bias is not None]:
-        counts = torch.stack([layer.tokens_per_expert for layer in biased])
-        for axis in (mesh.tp, mesh.dp):
-            counts = all_reduce(counts, axis.group) if axis.size > 1 else counts
-        for layer, c in zip(biased, counts):
-            update_expert_bias(layer.gate.expert_bias, c, rate)
+def take_statistics(model: nn.Module, mesh: Mesh) -> dict[str, Statistics]:
+    """{layer's name: its Statistics} of this rank's stages, from which they start anew. Collective over tp and dp."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, MoELayer)}
+    if not found:
+        return {}
+    flat = torch.stack([torch.cat([m.tokens_per_expert.double(), m.dropped.double(), m.losses]) for m in found.values()])
+    for axis in (mesh.tp, mesh.dp):
+        flat = all_reduce(flat, axis.group) if axis.size > 1 else flat
+    for m in found.values():
+        for seen in (m.tokens_per_expert, m.dropped, m.losses):
+            seen.zero_()
+    return {name: Statistics(row[:-3].long(), row[-3].long(), row[-2:] / mesh.dp.size) for name, row in zip(found, flat)}
+
+
+@torch.no_grad()
+def update_expert_biases(model: nn.Module, seen: dict[str, Statistics], rate: float) -> None:
+    """After a step: move the bias of every router that has one towards an even load, by what all ranks saw in it."""
+    for name, m in model.named_modules():
+        if isinstance(m, MoELayer) and m.gate.expert_bias is not None:
+            update_expert_bias(m.gate.expert_bias, seen[name].tokens, rate)

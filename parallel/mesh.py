@@ -64,6 +64,7 @@ class Mesh:
     pp: Axis = Axis("pp")
     ep: Axis = Axis("ep")
     edp: Axis = Axis("edp")
+    embd: Axis = Axis("embd")                                         # first and last stage; size 1 on the ranks between
 
     @classmethod
     def build(cls, layout: Layout) -> Mesh:
@@ -76,9 +77,9 @@ class Mesh:
         me = dist.get_rank() if world > 1 else 0
 
         def axis(name: str, rows: list[tuple[int, ...]]) -> Axis:
-            mine = next(r for r in rows if me in r)
+            mine = next((r for r in rows if me in r), (me,))
             group = None
-            if len(mine) > 1:
+            if any(len(r) > 1 for r in rows):                         # collective: ranks that are in none take part
                 group, _ = dist.new_subgroups_by_enumeration([list(r) for r in rows])
-            return Axis(name, len(mine), mine.index(me), mine, group)
+            return Axis(name, len(mine), mine.index(me), mine, group if len(mine) > 1 else None)
         return cls(**{n: axis(n, rows) for n, rows in rank_table(layout).items() if n in cls.__dataclass_fields__})

@@ -32,7 +32,7 @@ class Pipeline:
 
     Args:
         stages: {stage number: module}, as layout.stages_of_rank numbers them; a module maps (ids or h), labels=, first_sample= to h,
-            or to the loss (0-d) in the last stage.
+            or to the scaled loss, [1], in the last stage; `defer` hands it the Deferred of a zero-bubble schedule, `loss_scale` 1 / m.
         pp: the axis. num_stages: over all ranks. schedule: a key of layout.SCHEDULES. microbatches: of one step on this rank.
         shape, dtype, loss_dtype, device: of h between stages, and of the loss.
     """
@@ -52,6 +52,7 @@ class Pipeline:
                                   output_args=loss if i == num_stages - 1 else h, dw_builder=later.take if later else None)
             made.append(stage)
             module.defer(later)
+            module.loss_scale = 1 / microbatches
         kind: Any = getattr(torch_schedules, how.torch_name)
         self.schedule = kind(made if how.chunked else made[0], microbatches, loss_fn=lambda loss, _: loss.squeeze(0), scale_grads=False)
 

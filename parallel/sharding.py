@@ -32,19 +32,25 @@ class Piece:
     at: int = 0
     copies: int = 1                                                   # tp ranks that hold this same block
     partial: bool = False                                             # their gradients are to be summed
+    expert: int | None = None                                         # index into the first dim of a parameter that stacks experts
 
     def local(self, t: Tensor) -> Tensor:
         """The view of this piece in a tensor shaped like the local parameter."""
+        if self.expert is not None:
+            t = t[self.expert]
         return t.narrow(self.dim, self.at, self.length) if t.dim() else t
 
     def runs(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         """[first, last) of each contiguous run of this piece in the flattened local parameter of `shape`."""
+        base = 0
+        if self.expert is not None:
+            base, shape = self.expert * prod(shape[1:]), shape[1:]
         if not shape or self.length == shape[self.dim]:
-            yield 0, prod(shape)
+            yield base, base + prod(shape)
             return
         inner = prod(shape[self.dim + 1:])
         for row in range(prod(shape[:self.dim])):
-            first = (row * shape[self.dim] + self.at) * inner
+            first = base + (row * shape[self.dim] + self.at) * inner
             yield first, first + self.length * inner
 
     def of(self, full: Tensor) -> Tensor:
@@ -104,7 +110,7 @@ def init_parameters(model: nn.Module, seed: int) -> None:
 
 def whole(piece: Piece) -> Piece:
     """The one-process twin of a piece, to compare and to test."""
-    return replace(piece, start=0, length=piece.shape[piece.dim], at=0, copies=1, partial=False)
+    return replace(piece, start=0, length=piece.shape[piece.dim], at=0, copies=1, partial=False, expert=None)
 
 
 # ---- gradients: all below see a parameter's gradient as (place in the flattened parameter, 1-d part of it held here) --------
@@ -158,18 +164,27 @@ def reduce_partial_grads(model: nn.Module, tp: Axis, parts: Parts = own_grad) ->
 
 
 @torch.no_grad()
+def reduce_tied_grads(model: nn.Module, mesh: Mesh) -> None:
+    """Sum the gradient of an embedding that the first and the last stage hold, before any other reduction."""
+    if mesh.embd.size > 1:
+        for p in model.parameters():
+            if getattr(p, "stages", 1) > 1:
+                all_reduce(p.main_grad, mesh.embd.group, out=p.main_grad)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
 def grad_norm(model: nn.Module, mesh: Mesh, parts: Parts = own_grad, *, sharded: bool = False) -> Tensor:
     """The 2-norm of the whole model's gradient, every parameter counted once, summed in fp64 (0-d, fp64). Collective.
 
     What n ranks hold counts 1/n on each: n = copies over tp, times dp (experts: edp) unless `sharded`: there each holds another
-    part. torch's fp32 norm on a CPU is off by up to 3e-4 on large tensors."""
+    part; times the stages that hold it (`param.stages`: tied embeddings). torch's fp32 norm on a CPU is off by up to 3e-4 on large tensors."""
     total = torch.zeros(1, dtype=torch.float64)
     for _, piece, param in named_pieces(model):
-        holders = piece.copies * (1 if sharded else gradient_axis(param, mesh)[0].size)
+        holders = piece.copies * getattr(param, "stages", 1) * (1 if sharded else gradient_axis(param, mesh)[0].size)
         for view in _views(piece, param, parts):
             part = torch.linalg.vector_norm(view, dtype=torch.float64).square() / holders
             total = total.to(part.device) + part
-    for axis in (mesh.tp, mesh.dp):                                   # together the ranks of a stage, experts' too
+    for axis in (mesh.tp, mesh.dp, mesh.pp):                          # tp and dp: the ranks of a stage, experts' too
         if axis.size > 1:
             total = all_reduce(total, axis.group)
     return total.sqrt()[0]
