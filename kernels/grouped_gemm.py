@@ -74,12 +74,12 @@ def _rows_kernel(x_ptr, w_ptr, offs_ptr, slot_ptr, y_ptr, R, E, D_IN, D_OUT, w_e
     for tile in range(tl.program_id(0), tl.max(upto, 0), tl.num_programs(0)):
         expert = tl.sum((upto <= tile).to(tl.int32), 0)
         first = tl.minimum(tl.load(offs_ptr + expert), R)
-        last = tl.minimum(tl.load(offs_ptr + expert + 1, mask=expert < E, other=R), R)
+        last = tl.where(expert < E, tl.minimum(tl.load(offs_ptr + tl.minimum(expert + 1, E)), R), R)
         m, n = _swizzle(tile - tl.max(tl.where(upto <= tile, upto, 0), 0), tl.cdiv(last - first, BLOCK_M), across, GROUP)
         rows = first + m * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
         keep = rows < last
-        source, there = _sources(slot_ptr, rows, keep & (expert < E), topk, GATHER)
+        source, there = _sources(slot_ptr, rows, rows < tl.where(expert < E, last, 0), topk, GATHER)
         x_at = x_ptr + source[:, None] * D_IN
         w_at = w_ptr + expert.to(tl.int64) * w_expert + cols[None, :].to(tl.int64) * w_out
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
