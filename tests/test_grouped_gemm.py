@@ -12,6 +12,7 @@ CASES = {                                                             # rows of 
     "64 experts": ([e % 4 for e in range(64)], 11, 24, 10), "no inputs": ([2, 3], 1, 0, 4), "no outputs": ([2, 3], 1, 4, 0),
     "deep": ([33, 2], 2, 200, 30),
 }
+NAMES = ["empty experts", "only a tail", "no inputs"] if INTERPRET else CASES   # interpreted, a tile takes 30 ms
 
 
 def case(name, device, whole=False):
@@ -42,7 +43,7 @@ def loop(x, w, offsets):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_grouped_gemm_kernel_matches(name, dtype, device):
     x, w, offsets, dy = case(name, device)
     check_budget(lambda x, w: grouped_gemm(x, w, offsets), lambda x, w: grouped_gemm_ref(x, w, offsets), [x, w], dtype, [dy])
@@ -56,7 +57,7 @@ def test_gathering_kernel_matches(kw, dtype, device):
                  [x, w], dtype, [dy])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_whole_numbers_are_exact_kernel_matches(name, device):
     x, w, offsets, dy = case(name, device, whole=True)
     want = loop(x, w, offsets)
@@ -170,7 +171,7 @@ def test_compiles_whole():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["plain", "empty experts", "no rows"])
+@pytest.mark.parametrize("name", ["no rows"] if INTERPRET else ["plain", "empty experts", "no rows"])
 def test_grouped_gemm_op_contract_kernel_matches(name, device):
     ops = torch.ops.interlace
     x, w, offsets, dy = case(name, device)
@@ -179,10 +180,10 @@ def test_grouped_gemm_op_contract_kernel_matches(name, device):
     torch.library.opcheck(ops.grouped_gemm.default, (xg, wg, offsets, None, None, False, None))
     torch.library.opcheck(ops.grouped_wgrad.default, (dy, x, offsets, None, None, 1))
     torch.library.opcheck(ops.grouped_wgrad_add.default, (dy, x, offsets, None, None, 1, torch.zeros_like(w)))
-    x, w, plan, dy = plan_case(device)
+    x, w, plan, dy = plan_case(device, T=2, E=2)
     row, slots = plan.row_of_slot, plan.slot_of_row
     torch.library.opcheck(ops.grouped_gemm.default, (x.requires_grad_(), w.requires_grad_(), plan.offsets, slots, row, False, None))
-    torch.library.opcheck(ops.grouped_wgrad.default, (dy, x.detach(), plan.offsets, None, slots, 3))
+    torch.library.opcheck(ops.grouped_wgrad.default, (dy, x.detach(), plan.offsets, None, slots, row.shape[1]))
 
 
 def test_rejects_misuse(device):
