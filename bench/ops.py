@@ -15,6 +15,8 @@ OPS = {                                                               # name of 
     "route_plan": ("one", "route_plan"),
     "permute": ("one", "permute"),
     "unpermute": ("one", "unpermute with probs"),
+    "grouped_gemm": ("one", "grouped_gemm, balanced and skewed"),
+    "experts": ("one", "expert_mlp: the feed-forward of all experts"),
     "collectives": ("many", "all_reduce, all_gather, reduce_scatter, all_to_all"),
     "gemm_ar": ("many", "gemm_ar, copy_gemm"),
     "gemm_rs": ("many", "gemm_rs, ag_gemm"),

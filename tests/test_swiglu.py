@@ -29,6 +29,40 @@ def test_swiglu_large_gates_kernel_matches(dtype, device):
     check_budget(swiglu, swiglu_ref, [torch.cat((gate, torch.ones_like(gate)))], dtype, [torch.ones_like(gate)])
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_swiglu_with_probs_kernel_matches(shape, dtype, device):
+    x, dy = _data(shape, device)
+    check_budget(swiglu, swiglu_ref, [x, torch.randn(shape[:-1], device=device)], dtype, [dy])
+
+
+def test_swiglu_probs_of_zero_keep_their_gradient_kernel_matches(device):
+    x, dy = _data((5, 34), device)
+    p = torch.zeros(5, device=device, requires_grad=True)
+    y = swiglu(x, p)
+    y.backward(dy)
+    assert (y == 0).all()
+    torch.testing.assert_close(p.grad, (dy * swiglu_ref(x)).sum(-1))
+
+
+def test_swiglu_backward_writes_the_output_again_kernel_matches(device):
+    x, dy = _data((5, 34), device)
+    p = torch.rand(5, device=device)
+    for probs in (p, None):
+        dx, dp, y = torch.ops.interlace.swiglu_probs_bwd(dy, x, probs)
+        leaf = x.clone().requires_grad_()
+        want = swiglu(leaf, probs)
+        want.backward(dy)
+        assert dp.numel() == (5 if probs is not None else 0)
+        torch.testing.assert_close(y, want)
+        torch.testing.assert_close(dx, leaf.grad)
+
+
+def test_swiglu_with_probs_in_float64_is_exact():
+    x, p = torch.randn(3, 10, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(swiglu, (x, p))
+
+
 def test_swiglu_nan_stays_nan_kernel_matches(device):
     y = swiglu(torch.tensor([float("nan"), 1.0, 1.0, float("nan")] * 16, device=device).view(16, 4))
     assert y.isnan().all()
@@ -63,6 +97,9 @@ def test_swiglu_op_contract_kernel_matches(device):
     x = torch.randn(4, 64, device=device, requires_grad=True)
     assert fused(x), "the C++ ops are not built: make setup"
     torch.library.opcheck(torch.ops.interlace.swiglu_fwd.default, (x,))
+    p, dy = torch.rand(4, device=device, requires_grad=True), torch.randn(4, 32, device=device)
+    torch.library.opcheck(torch.ops.interlace.swiglu_fwd.default, (x, p))
+    torch.library.opcheck(torch.ops.interlace.swiglu_probs_bwd.default, (dy, x.detach(), p.detach()))
 
 
 def test_swiglu_compiled_is_eager(device):
@@ -91,3 +128,5 @@ def test_swiglu_rejects_misuse(device):
         swiglu(torch.randn(2, 7, device=device))
     with pytest.raises(ValueError, match="must be even"):
         swiglu(torch.tensor(1.0, device=device))
+    with pytest.raises(ValueError, match=r"swiglu: probs must be floating \[2\], one for each row"):
+        swiglu(torch.randn(2, 6, device=device), torch.ones(3, device=device))

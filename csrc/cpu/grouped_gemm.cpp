@@ -1,0 +1,199 @@
+// grouped_gemm on CPU: one product of torch's BLAS for every expert that has rows. Math and shapes: kernels/grouped_gemm.py
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>  // mm and addmm, past the dispatcher
+
+#include <cstring>
+#include <optional>
+#include <type_traits>
+
+#include "common.h"
+
+namespace interlace {
+namespace {
+// The type a product runs in. Without instructions for them torch multiplies 16-bit numbers at 1 to 17 GFLOP/s: those go
+// through float, as in kernels/comm/gemm.py.
+template <class T> struct Product { using type = acc_t<T>; };
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+template <> struct Product<bf16> { using type = bf16; };
+#endif
+#if defined(__AVX512FP16__) || defined(__AMX_FP16__)
+template <> struct Product<fp16> { using type = fp16; };
+#endif
+template <class T> using product_t = typename Product<T>::type;
+
+template <class P> constexpr ScalarType kType = std::is_same_v<P, float>    ? ScalarType::Float
+                                                : std::is_same_v<P, double> ? ScalarType::Double
+                                                : std::is_same_v<P, bf16>   ? ScalarType::BFloat16
+                                                                            : ScalarType::Half;
+
+// A matrix in memory that others own.
+template <class P> struct Matrix {
+  P* data;
+  int64_t rows, cols;
+  bool flip = false;  // stored as [cols, rows]
+  Tensor tensor() const {
+    const int64_t size[] = {rows, cols}, stride[] = {flip ? 1 : cols, flip ? rows : 1};
+    return torch::stable::from_blob(const_cast<std::remove_const_t<P>*>(data), {size, 2}, {stride, 2},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), kType<std::remove_const_t<P>>);
+  }
+};
+
+// c = a b, or c += a b
+template <class P> void product(const Matrix<P>& c, const Matrix<const P>& a, const Matrix<const P>& b, bool add) {
+  const Tensor to = c.tensor(), x = a.tensor(), y = b.tensor();
+  const AOTITorchError failed = add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), x.get(), y.get(), 1.0, 1.0)
+                                    : aoti_torch_cpu_mm_out(to.get(), x.get(), y.get());
+  STABLE_TORCH_ERROR_CODE_CHECK(failed);
+}
+
+// Memory for the rows of one expert, kept from expert to expert.
+template <class P> class Scratch {
+ public:
+  explicit Scratch(const Tensor& like) : like_(like) {}
+  P* get(int64_t n) {
+    if (n > size_) held_ = torch::stable::new_empty(like_, {n}, kType<P>), size_ = n;
+    return size_ ? out<P>(*held_) : nullptr;
+  }
+
+ private:
+  Tensor like_;
+  std::optional<Tensor> held_;
+  int64_t size_ = 0;
+};
+
+template <class P, class T> void convert(const T* from, P* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    if constexpr (std::is_same_v<P, T>) to[i] = from[i];
+    else if constexpr (sizeof(P) > sizeof(T)) to[i] = up(from[i]);
+    else to[i] = down<P>(from[i]);
+  }
+}
+
+// Where a side's rows are: rows first .. last - 1 of data, or those of the tokens that have these rows in the plan (-1: zeros).
+template <class T> struct Side {
+  const T* data;
+  const int32_t* slot;  // null: no gather
+  int64_t topk, width;
+  template <class P> Matrix<const P> rows_of(int64_t first, int64_t last, Scratch<P>& scratch) const {
+    const int64_t n = last - first;
+    if constexpr (std::is_same_v<P, T>)
+      if (!slot) return {data + first * width, n, width};
+    P* to = scratch.get(n * width);
+    rows(n, width, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t r = slot ? slot[first + i] : first + i;
+        if (r < 0) std::memset(to + i * width, 0, width * sizeof(P));
+        else convert<P>(data + (slot ? r / topk : r) * width, to + i * width, width);
+      }
+    });
+    return {to, n, width};
+  }
+};
+
+template <class T> Side<T> side(const Tensor& t, const std::optional<Tensor>& slot, int64_t topk) {
+  return {in<T>(t), slot ? in<int32_t>(*slot) : nullptr, topk, t.size(1)};
+}
+
+const int32_t* checked(const Tensor& offsets, int64_t E, int64_t R) {
+  const int32_t* at = in<int32_t>(offsets);
+  bool fine = at[0] == 0 && at[E] <= R;
+  for (int64_t e = 0; e < E; e++) fine &= at[e] <= at[e + 1];
+  STD_TORCH_CHECK(fine, "grouped_gemm: offsets must rise from 0 to at most the number of rows, ", R, ", got 0th ", at[0],
+                  " and last ", at[E], "; take them from route_plan");
+  return at;
+}
+
+// f(begin, end) over experts: those of few rows in parallel, since one small product does not keep the threads busy.
+template <class F> void experts(int64_t E, int64_t R, const F& f) {
+  if (R < 64 * E) torch::stable::parallel_for(0, E, 1, f);
+  else f(0, E);
+}
+
+void gemm_rows(const Tensor& x, const Tensor& w, const Tensor& offsets, const std::optional<Tensor>& slots, int64_t topk, bool dgrad,
+               Tensor& y) {
+  const int64_t E = w.size(0), N = w.size(1), K = w.size(2), R = y.size(0), wide = y.size(1);
+  const int32_t* at = checked(offsets, E, R);
+  dispatch(x, "grouped_gemm", [&]<class T>(T) {
+    using P = product_t<T>;
+    const Side<T> a = side<T>(x, slots, topk);
+    const T* wp = in<T>(w);
+    T* yp = out<T>(y);
+    experts(E, R, [&](int64_t begin, int64_t end) {
+      Scratch<P> taken(x), weight(x), made(x);
+      for (int64_t e = begin; e < end; e++) {
+        const int64_t first = at[e], n = at[e + 1] - first;
+        if (!n || !wide) continue;
+        T* to = yp + first * wide;
+        const T* we = wp + e * N * K;
+        const P* b;
+        P* c;
+        if constexpr (std::is_same_v<P, T>) b = we, c = to;
+        else convert(we, weight.get(N * K), N * K), b = weight.get(0), c = made.get(n * wide);
+        product<P>({c, n, wide}, a.template rows_of<P>(first, first + n, taken), dgrad ? Matrix<const P>{b, N, K} : Matrix<const P>{b, K, N, true},
+                   false);
+        if constexpr (!std::is_same_v<P, T>) convert(c, to, n * wide);
+      }
+    });
+    std::memset(yp + at[E] * wide, 0, (R - at[E]) * wide * sizeof(T));
+  });
+}
+
+Tensor grouped_gemm(Tensor x, Tensor w, Tensor offsets, std::optional<Tensor> slots, std::optional<Tensor> row_of_slot, bool dgrad,
+                    std::optional<Tensor>) {
+  Tensor y = torch::stable::new_empty(x, {slots ? slots->size(0) : x.size(0), w.size(dgrad ? 2 : 1)});
+  gemm_rows(x, w, offsets, slots, slots ? row_of_slot->size(1) : 1, dgrad, y);
+  return y;
+}
+
+// D: type of dw. Sums are made in D where it is wider than T, so that nothing is rounded on the way to the main gradients.
+template <class T, class D>
+void wgrad(const Side<T>& g, const Side<T>& x, const int32_t* at, int64_t E, int64_t R, const Tensor& like, D* dw, bool add) {
+  using P = std::conditional_t<std::is_same_v<D, T>, product_t<T>, D>;
+  const int64_t N = g.width, K = x.width;
+  experts(E, R, [&](int64_t begin, int64_t end) {
+    Scratch<P> left(like), right(like), made(like);
+    for (int64_t e = begin; e < end; e++) {
+      D* to = dw + e * N * K;
+      if (at[e] == at[e + 1]) {
+        if (!add) std::memset(to, 0, N * K * sizeof(D));
+        continue;
+      }
+      P* c;
+      if constexpr (std::is_same_v<P, D>) c = to;
+      else c = made.get(N * K);
+      const Matrix<const P> gm = g.template rows_of<P>(at[e], at[e + 1], left), xm = x.template rows_of<P>(at[e], at[e + 1], right);
+      product<P>({c, N, K}, {gm.data, gm.cols, gm.rows, true}, xm, add);
+      if constexpr (!std::is_same_v<P, D>) convert(c, to, N * K);
+    }
+  });
+}
+
+void grouped_wgrad_into(const Tensor& g, const Tensor& x, const Tensor& offsets, const std::optional<Tensor>& g_slots,
+                        const std::optional<Tensor>& x_slots, int64_t topk, Tensor& dw, bool add) {
+  const int64_t E = dw.size(0), R = g_slots ? g_slots->size(0) : g.size(0);
+  const int32_t* at = checked(offsets, E, R);
+  dispatch(x, "grouped_gemm", [&]<class T>(T) {
+    const Side<T> a = side<T>(g, g_slots, topk), b = side<T>(x, x_slots, topk);
+    if (dw.scalar_type() == kType<T>) wgrad<T, T>(a, b, at, E, R, x, out<T>(dw), add);
+    else if constexpr (!std::is_same_v<T, acc_t<T>>) wgrad<T, float>(a, b, at, E, R, x, out<float>(dw), add);
+  });
+}
+
+Tensor grouped_wgrad(Tensor g, Tensor x, Tensor offsets, std::optional<Tensor> g_slots, std::optional<Tensor> x_slots, int64_t topk) {
+  Tensor dw = torch::stable::new_empty(x, {offsets.size(0) - 1, g.size(1), x.size(1)});
+  grouped_wgrad_into(g, x, offsets, g_slots, x_slots, topk, dw, false);
+  return dw;
+}
+
+void grouped_wgrad_add(Tensor g, Tensor x, Tensor offsets, std::optional<Tensor> g_slots, std::optional<Tensor> x_slots, int64_t topk,
+                       Tensor dw) {
+  grouped_wgrad_into(g, x, offsets, g_slots, x_slots, topk, dw, true);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(interlace, CPU, m) {
+  m.impl("grouped_gemm", TORCH_BOX(&grouped_gemm));
+  m.impl("grouped_wgrad", TORCH_BOX(&grouped_wgrad));
+  m.impl("grouped_wgrad_add", TORCH_BOX(&grouped_wgrad_add));
+}
+}  // namespace
+}  // namespace interlace
