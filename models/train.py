@@ -66,7 +66,7 @@ def _pipelined(ddp: DistributedDataParallel, data: Any, samples: int, mine: rang
     if model.pipeline is None:
         rows = m.seq_length // (mesh.tp.size if m.sequence_parallel else 1)
         model.pipeline = Pipeline(model.stages(), mesh.pp, num_stages=mesh.pp.size * m.chunks, schedule=m.schedule, microbatches=len(mine),
-                                  shape=(rows, B, m.hidden_size), dtype=model.dtype,
+                                  ids_shape=(B, m.seq_length), shape=(rows, B, m.hidden_size), dtype=model.dtype,
                                   loss_dtype=torch.promote_types(model.dtype, torch.float32), device=torch.device(device))
     firsts = [samples + i * B for i in mine]
     batches = [data.batch(first, B) for first in firsts]

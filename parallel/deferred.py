@@ -37,9 +37,9 @@ class _Later(torch.autograd.Function):
     """y -> y; its backward leaves dw to `deferred`."""
 
     @staticmethod
-    def forward(ctx, y, x, weight, gather_x, gather_dy, deferred):
+    def forward(ctx, y, x, rest):
         ctx.save_for_backward(x)
-        ctx.rest = weight, gather_x, gather_dy, deferred              # recompute hands out a detached copy of a saved weight
+        ctx.rest = rest                                               # not saved: recompute hands out a detached copy of a saved weight
         return y.view_as(y)
 
     @staticmethod
@@ -53,14 +53,14 @@ class _Later(torch.autograd.Function):
             xf = xf if gather_x is None else all_gather(xf, gather_x)
             weight.backward(gemm(dyf.t(), xf))
         deferred.waiting.append(compute)
-        return dy, None, None, None, None, None
+        return dy, None, None
 
 
 def linear(op: Callable[..., Tensor], x: Tensor, weight: nn.Parameter, group: Group, deferred: Deferred | None, *,
            gather_x: bool = False, gather_dy: bool = False) -> Tensor:
     """op(x, weight, group), its weight gradient left to `deferred` where there is one. gather_x, gather_dy: which of the two is
     split over the rows of the product that gives it."""
-    if deferred is None or not (torch.is_grad_enabled() and weight.requires_grad):
+    if deferred is None or not (torch.is_grad_enabled() and weight.requires_grad and x.requires_grad):
         return op(x, weight, group)
-    y = op(x, weight.detach(), group)
-    return _Later.apply(y, x.detach(), weight, group if gather_x else None, group if gather_dy else None, deferred)
+    y = op(x, weight.detach(), group)                                 # the weight stays out of the graph: its hooks run with W alone
+    return _Later.apply(y, x.detach(), (weight, group if gather_x else None, group if gather_dy else None, deferred))

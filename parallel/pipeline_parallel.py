@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 
-from ..kernels.comm import all_reduce
+from ..kernels.comm import all_reduce, heap_of
 from .deferred import Deferred
 from .layout import SCHEDULES
 from .mesh import Axis
@@ -34,16 +34,19 @@ class Pipeline:
         stages: {stage number: module}, as layout.stages_of_rank numbers them; a module maps (ids or h), labels=, first_sample= to h,
             or to the scaled loss, [1], in the last stage; `defer` hands it the Deferred of a zero-bubble schedule, `loss_scale` 1 / m.
         pp: the axis. num_stages: over all ranks. schedule: a key of layout.SCHEDULES. microbatches: of one step on this rank.
-        shape, dtype, loss_dtype, device: of h between stages, and of the loss.
+        ids_shape [B, S] of a micro-batch; shape, dtype of h between stages; loss_dtype; device.
     """
 
-    def __init__(self, stages: dict[int, Any], pp: Axis, *, num_stages: int, schedule: str, microbatches: int, shape: tuple[int, ...],
-                 dtype: torch.dtype, loss_dtype: torch.dtype, device: torch.device):
+    def __init__(self, stages: dict[int, Any], pp: Axis, *, num_stages: int, schedule: str, microbatches: int, ids_shape: tuple[int, int],
+                 shape: tuple[int, ...], dtype: torch.dtype, loss_dtype: torch.dtype, device: torch.device):
         self.pp, self.device, self.loss_dtype, self.microbatches = pp, device, loss_dtype, microbatches
         self.first, self.last = 0 in stages, num_stages - 1 in stages
+        if device.type == "cpu":                                      # made before the first message: torch's DETAIL debug mode counts
+            assert pp.group is not None                               # messages as collectives, of which ranks have different numbers
+            heap_of(pp.group)
         how = SCHEDULES[schedule]
         h = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-        ids = torch.empty((shape[1], 1), dtype=torch.int64, device="meta")
+        ids = torch.empty(ids_shape, dtype=torch.int64, device="meta")
         loss = torch.empty(1, dtype=loss_dtype, device="meta", requires_grad=True)
         made = []
         for i, module in sorted(stages.items()):
