@@ -1,14 +1,17 @@
-"""One training step of a GPT (micro-batches, clip, AdamW), ours against torch's own tensor parallel. `interlace bench train_step`
+"""One training step of a GPT (micro-batches, clip, AdamW), ours against torch's own tensor and data parallel. `interlace bench train_step`
 
 4 layers, hidden 256, ffn 704, 8 heads, sequence 256, vocabulary 8192, 4 micro-batches of 4, fp32 (`--quick`: 2 layers of 128).
 Both start from the same weights, read the same tokens, and have the same malloc thresholds. The error column is that of the
 first step's loss and gradient norm against one process in float64; repeatable: two models made anew, their first steps.
 """
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 from ..models.config import ModelConfig, OptimConfig
@@ -32,8 +35,8 @@ THEIRS = {"embed_tokens": "embedding", "layers": "blocks", "input_layernorm": "a
 
 
 def cases(sweep: str, world: int) -> list[Case]:
-    """Without and with sequence parallelism. A GPU gets the CPU's model: ours trains on a CPU only as yet."""
-    calls = ("train_step", "train_step sp") if world > 1 else ("train_step",)
+    """The ranks as tp, tp with sequence parallelism, dp, dp with ZeRO-1. A GPU gets the CPU's model: ours trains on a CPU only as yet."""
+    calls = ("train_step", "train_step sp", "train_step dp", "train_step dp zero1") if world > 1 else ("train_step",)
     return [Case(call, name, shape, world=world) for call in calls for name, shape in SHAPES.get(sweep, SHAPES["cpu"]).items()]
 
 
@@ -46,10 +49,10 @@ def _tokens(s: dict[str, int]) -> RandomTokens:
     return RandomTokens(s["V"], s["S"], 1)
 
 
-def ours(s: dict[str, int], mesh: Mesh, tp: int, sp: bool) -> Callable[[], Tensor]:
-    m = dataclasses.replace(_config(s), tensor_model_parallel_size=tp, sequence_parallel=sp)
+def ours(s: dict[str, int], layout: Layout, mesh: Mesh, zero1: bool) -> Callable[[], Tensor]:
+    m = dataclasses.replace(_config(s), tensor_model_parallel_size=layout.tp, sequence_parallel=layout.sp)
     model, data = GPT(m, mesh, vocab_size=s["V"], seed=1), _tokens(s)
-    optimizer = Optimizer(DistributedDataParallel(model, mesh), OPTIM)
+    optimizer = Optimizer(DistributedDataParallel(model, mesh, use_distributed_optimizer=zero1), OPTIM)
 
     def run() -> Tensor:
         loss = forward_backward(optimizer.ddp, data, 0, m)
@@ -57,16 +60,49 @@ def ours(s: dict[str, int], mesh: Mesh, tp: int, sp: bool) -> Callable[[], Tenso
     return run
 
 
-def theirs(s: dict[str, int], world: int, sp: bool) -> Callable[[], Tensor]:
+def _torch_gpt(s: dict[str, int]) -> TorchGPT:
+    """With our weights."""
     model = TorchGPT(Config(s["L"], s["D"], s["F"], s["H"], s["V"], s["S"]))
     weights = {name: piece.local(p.detach()) for name, piece, p in named_pieces(GPT(_config(s), vocab_size=s["V"], seed=1))}
     model.load_state_dict({".".join(THEIRS.get(w, w) for w in name.split(".")): t.clone() for name, t in weights.items()})
-    parallelize(model, world, sp)
+    return model
+
+
+def _adamw(sets: list[list[Tensor]]) -> torch.optim.AdamW:
+    return torch.optim.AdamW([{"params": part} for part in sets], lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps,
+                             weight_decay=OPTIM.weight_decay)
+
+
+def torch_ddp(s: dict[str, int], world: int, zero1: bool) -> Callable[[], Tensor]:
+    """torch's DistributedDataParallel over gloo; with ZeroRedundancyOptimizer for ZeRO-1."""
+    ddp, n, data = torch.nn.parallel.DistributedDataParallel(_torch_gpt(s), gradient_as_bucket_view=True), s["n"], _tokens(s)
+    adamw: torch.optim.Optimizer = _adamw([list(ddp.parameters())])
+    if zero1:
+        adamw = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.AdamW, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps,
+                                        weight_decay=OPTIM.weight_decay)
+    batches = [data.batch(i * s["B"], s["B"]) for i in range(dist.get_rank(), n, world)]
+
+    def run() -> Tensor:
+        total = torch.zeros(1)
+        for i, (ids, labels) in enumerate(batches):
+            with contextlib.nullcontext() if i == len(batches) - 1 else ddp.no_sync():
+                loss = ddp(ids, labels) / len(batches)
+                loss.backward()
+            total += loss.detach()
+        dist.all_reduce(total)
+        norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), OPTIM.clip_grad)
+        adamw.step()
+        adamw.zero_grad(set_to_none=False)
+        return torch.tensor([total.item() / world, float(norm)], dtype=torch.float64)
+    return run
+
+
+def theirs(s: dict[str, int], world: int, sp: bool) -> Callable[[], Tensor]:
+    model = parallelize(_torch_gpt(s), world, sp)
     split = [p for p in model.parameters() if isinstance(p, DTensor)]
     plain = [p for p in model.parameters() if not isinstance(p, DTensor)]   # norms, without sp: torch refuses to mix the two
     sets = [part for part in (split, plain) if part]
-    adamw = torch.optim.AdamW([{"params": part} for part in sets], lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps,
-                              weight_decay=OPTIM.weight_decay)
+    adamw = _adamw(sets)
     n, data = s["n"], _tokens(s)
     batches = [data.batch(i * s["B"], s["B"]) for i in range(n)]
 
@@ -90,14 +126,16 @@ def truth(s: dict[str, int]) -> Tensor:
 
 
 def ways(case: Case, make: Make) -> Ways:
-    s, world, sp = case.shape, make.world, case.call.endswith("sp")
+    s, world = case.shape, make.world
+    sp, dp, zero1 = (word in case.call.split() for word in ("sp", "dp", "zero1"))
     if make.device != "cpu":
         raise NotImplementedError("train_step is a bench of CPU ranks; use --device cpu")
-    mesh, true = Mesh.build(Layout(world, world, sp=sp)), [truth(s)]
+    layout = Layout(world, 1 if dp else world, sp=sp)
+    mesh, true = Mesh.build(layout), [truth(s)]
     parameters = sum(p.numel() for p in GPT(_config(s), vocab_size=s["V"]).parameters()) - s["V"] * s["D"]   # an embedding is no product
     flops = 2 * s["S"] * s["B"] * s["n"] * parameters / world
     known = lambda got: true  # noqa: E731
-    return Ways((), lambda: true[0], Way(truth=known, fresh=lambda: ours(s, mesh, world, sp)), {
-        "torch parallelize_module" if world > 1 else "torch eager": Way(truth=known, fresh=lambda: theirs(s, world, sp)),
-        "torch.compile": "left out: ours is not compiled either"},
-        flops=(flops, 2 * flops))
+    name = "torch DDP" + " + ZeroRedundancyOptimizer" * zero1 if dp else "torch parallelize_module" if world > 1 else "torch eager"
+    peer = Way(truth=known, fresh=lambda: torch_ddp(s, world, zero1) if dp else theirs(s, world, sp))
+    return Ways((), lambda: true[0], Way(truth=known, fresh=lambda: ours(s, layout, mesh, zero1)), {
+        name: peer, "torch.compile": "left out: ours is not compiled either"}, flops=(flops, 2 * flops))

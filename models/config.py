@@ -185,7 +185,7 @@ class OptimConfig(_Checked):
     eps: Positive = 1e-8                                        # in the denominator
     clip_grad: PositiveOrZero = 1.0                             # largest global gradient norm; 0: off
     use_distributed_optimizer: bool = False                     # zero1: each rank of dp keeps and steps 1/dp of AdamW's state
-    ddp_bucket_size: Count = 4 << 20                            # gradients reduced in one call, as a number of them
+    ddp_bucket_size: Count | None = None                        # gradients reduced in one call; None: 1/64, at least 2**20
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def _between(self) -> list[str]:

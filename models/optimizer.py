@@ -115,14 +115,15 @@ class Optimizer:
 
 
 def _runs(buffer: Buffer) -> Iterator[tuple[slice, slice, bool]]:
-    """(in the buffer, in this rank's own, decayed?) of each stretch of one weight decay. Norms and biases are not decayed."""
+    """(in the buffer, in this rank's own, decayed?) of each stretch of one weight decay; the zeros between parameters go along, so
+    that a rank whose part is nothing else has a run too. Norms and biases are not decayed."""
     for bucket in buffer.buckets:
-        own, found = bucket.own(), []
+        own, cuts = bucket.own(), []
         shift = own.start - bucket.start // buffer.shards
         for p in bucket.params:
-            first, last = max(buffer.start[p], own.start), min(buffer.start[p] + p.numel(), own.stop)
-            if first < last and found and found[-1][2] == (p.dim() > 1):
-                found[-1] = (found[-1][0], last, found[-1][2])
-            elif first < last:
-                found.append((first, last, p.dim() > 1))
-        yield from ((slice(a, b), slice(a - shift, b - shift), decay) for a, b, decay in found)
+            first, decay = buffer.start[p], p.dim() > 1
+            if first < own.stop and own.start < first + p.numel() and (not cuts or cuts[-1][1] != decay):
+                cuts.append((max(first, own.start) if cuts else own.start, decay))
+        cuts = cuts or [(own.start, False)]
+        for (a, decay), (b, _) in zip(cuts, [*cuts[1:], (own.stop, False)]):
+            yield slice(a, b), slice(a - shift, b - shift), decay

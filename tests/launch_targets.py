@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 
 from interlace.models.config import Config
+from interlace.parallel.data_parallel import DistributedDataParallel
 from interlace.parallel.errors import RunError, UserError
+from interlace.parallel.layout import Layout
+from interlace.parallel.mesh import Mesh
 
 
 def _meet():
@@ -69,3 +72,43 @@ def waits(folder, stubborn=False):
     if rank == 0:
         time.sleep(600)
     dist.all_reduce(torch.ones(1))
+
+
+class _Fails(torch.autograd.Function):
+    """Ends this rank in the middle of a backward."""
+
+    @staticmethod
+    def forward(ctx, x, how):
+        ctx.how = how
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        if ctx.how == "crash":
+            raise ZeroDivisionError("in a backward")
+        os.kill(os.getpid(), getattr(signal, ctx.how))
+
+
+def _data_parallel():
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+    return DistributedDataParallel(model, Mesh.build(Layout(dist.get_world_size())), bucket_size=1024)
+
+
+def dies_in_backward(how, rank):
+    ddp = _data_parallel()
+    for step in range(4):
+        h = ddp.module[:2](torch.ones(1, 64))
+        if step == 2 and dist.get_rank() == rank:                     # the buckets of the last layers are on their way
+            h = _Fails.apply(h, how)
+        ddp.module[2:](h).sum().backward()
+        ddp.finish()
+        ddp.zero_grad()
+
+
+def waits_in_finish(folder):
+    ddp = _data_parallel()
+    ddp(torch.ones(1, 64)).sum().backward()
+    if dist.get_rank() == 1:
+        time.sleep(600)
+    Path(folder, "waiting").write_text("")
+    ddp.finish()

@@ -1,4 +1,5 @@
 """verify must find what it exists to find: one planted fault a test, each in a layout that hides it from world size 1."""
+import contextlib
 import io
 
 import pytest
@@ -8,6 +9,7 @@ from test_equal import config, mesh_of
 from interlace.models.gpt import GPT
 from interlace.models.verify import TOLERANCE, compare, report, suspect
 from interlace.parallel.collectives import reduce_from
+from interlace.parallel.data_parallel import DistributedDataParallel
 from interlace.parallel.mesh import Axis
 
 
@@ -93,6 +95,111 @@ def _names_the_missing_sum(rank):
 
 def test_names_what_is_off():
     run(2, _names_the_missing_sum)
+
+
+class Never(DistributedDataParallel):
+    """The second bucket is never reduced."""
+
+    def _reduce(self, bucket):
+        if bucket is not self.buckets[1]:
+            super()._reduce(bucket)
+
+
+class Twice(DistributedDataParallel):
+    """Every bucket is reduced twice: 1/dp of dp sums."""
+
+    def _reduce(self, bucket):
+        super()._reduce(bucket)
+        super()._reduce(bucket)
+
+
+class Summed(DistributedDataParallel):
+    """The sum over dp is not divided by it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for buffer in self.buffers:
+            buffer.scale = 1.0
+
+
+class Early(DistributedDataParallel):
+    """Reduced before the last micro-batch, whose gradients stay this rank's own."""
+    now = False
+
+    def _reduce(self, bucket):
+        if self.now:
+            super()._reduce(bucket)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        with super().no_sync():
+            yield
+        self.now = True
+        for bucket in self.buckets:
+            self._reduce(bucket)
+        self.worker.wait()
+        self.now = False
+
+
+class Stale(DistributedDataParallel):
+    """ZeRO-1: the weights of the other ranks' parts are not gathered after the step."""
+
+    def gather_weights(self):
+        pass
+
+
+class CountedByAll(DistributedDataParallel):
+    """The clip norm counts what all ranks of dp hold once for each."""
+
+    def finish(self):
+        super().finish()
+        self.sharded = True
+
+
+DATA_FAULTS = {                                                       # class, ZeRO-1, the quantity that is off, the cause in words
+    "a bucket never reduced": (Never, False, "gradient", "sum over dp missing"),
+    "a bucket never scattered": (Never, True, "gradient", ""),
+    "reduced twice": (Twice, False, "gradient", "2 times too large: summed over dp twice"),
+    "not scaled": (Summed, False, "gradient", "2 times too large"),
+    "not scaled, zero1": (Summed, True, "gradient", "2 times too large"),
+    "reduced before the last micro-batch": (Early, False, "gradient", ""),
+    "weights not gathered": (Stale, True, "loss", ""),
+    "clip norm counted twice": (CountedByAll, False, "gradient norm", ""),
+}
+
+
+def _finds_in_data(rank, name):
+    wrap, zero1, what, words = DATA_FAULTS[name]
+    cfg = config({"global_batch_size": 8}, clip_grad=1e-3, use_distributed_optimizer=zero1)
+    found = compare(cfg, mesh_of(cfg, 2), vocab_size=45, steps=2, wrap=wrap)
+    bad = [f for f in found if not f.error <= TOLERANCE]
+    assert any(f.what == what and f.error > 1e3 * TOLERANCE for f in bad), f"{name} went unseen"
+    gradients = [f for f in bad if f.what == "gradient"]
+    causes = {f.cause for f in gradients} - {""}                      # a parameter that only reaches into the bucket has no one factor
+    assert all(words in cause for cause in causes) and (causes or not words), causes
+    if name == "a bucket never reduced":                              # and nothing else is
+        assert {f.name for f in gradients} < {f.name for f in found if f.what == "gradient"}
+
+
+@pytest.mark.parametrize("name", DATA_FAULTS)
+def test_finds_planted_fault_of_data_parallelism(name):
+    run(2, _finds_in_data, name)
+
+
+def _names_the_axis(rank):
+    """tp and dp of one size: only the axis along which ranks differ tells which sum is missing."""
+    class NeverAny(DistributedDataParallel):
+        def _reduce(self, bucket):
+            pass
+    cfg = config({}, 2, True)
+    for wrap, plant, axis in ((NeverAny, lambda model: None, "dp"), (DistributedDataParallel, _no_norm_reduction, "tp")):
+        found = compare(cfg, mesh_of(cfg, 4), vocab_size=45, steps=1, plant=plant, wrap=wrap)
+        causes = {f.cause for f in found if f.what == "gradient" and f.error > TOLERANCE}
+        assert causes == {f"sum over {axis} missing?"}, causes
+
+
+def test_names_the_axis_whose_sum_is_missing():
+    run(4, _names_the_axis)
 
 
 def test_suspect():
