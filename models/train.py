@@ -24,6 +24,7 @@ from ..kernels.comm import all_reduce
 from ..kernels.dispatch import not_built
 from ..parallel.data_parallel import DistributedDataParallel
 from ..parallel.errors import RunError, UserError
+from ..parallel.expert_parallel import take_statistics, update_expert_biases
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline_parallel import Pipeline
@@ -100,8 +101,7 @@ class Run:
                                            use_distributed_optimizer=config.optim.use_distributed_optimizer)
         self.optimizer = Optimizer(self.ddp, config.optim)
         self.step, self.samples = 0, 0
-        if folder := checkpoint.find(out):
-            state = checkpoint.load(folder, config, self.model, self.vocab_size, self.optimizer)
+        if state := checkpoint.resume(out, config, self.model, self.vocab_size, self.optimizer, self._skipped):
             self.step, self.samples = state["step"], state["samples"]
             if self.main and state["data"] != tokens.digest:
                 print(f"interlace: the text is not the one that {out} was trained on so far; going on with the new text at sample "
@@ -110,6 +110,10 @@ class Run:
         if self.step > config.trainer.max_steps:
             raise UserError(f"trainer.max_steps must be at least the {self.step} steps that {out} has been trained for, "
                             f"got {config.trainer.max_steps}; raise it, or use another --out")
+
+    def _skipped(self, why: str) -> None:
+        if self.main:
+            print(f"interlace: {why}; going on from the one before", file=sys.stderr, flush=True)
 
     def train(self) -> None:
         c, log, progress = self.config, None, None
@@ -127,7 +131,7 @@ class Run:
                 loss, norm, lr = self.train_step()
                 seconds = time.perf_counter() - start
                 row = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_per_second": tokens / seconds,
-                       "seconds": seconds, "samples": self.samples, "tokens": self.step * tokens}
+                       "seconds": seconds, "samples": self.samples, "tokens": self.step * tokens, **self.balance()}
                 if log is not None and progress is not None:
                     if self.step % c.trainer.log_every_n_steps == 0 or self.step == c.trainer.max_steps:
                         log.write(row)
@@ -154,9 +158,25 @@ class Run:
                            f"were not updated and the checkpoints in {folder} are untouched. Way out: a lower optim.lr (now "
                            f"{c.optim.lr:g}), a longer optim.sched.warmup_steps (now {c.optim.sched.warmup_steps}), or fp32, then "
                            "run the same command again to go on from the last checkpoint")
+        self.seen = take_statistics(self.model, self.mesh)
+        update_expert_biases(self.model, self.seen, c.model.moe_router_bias_update_rate)
         self.step += 1
         self.samples += c.model.global_batch_size
         return loss, norm, lr
+
+    def balance(self) -> dict[str, float]:
+        """What the last step's tokens did in the layers with experts of all stages: the largest load of an expert over the mean,
+        dropped slots, and the losses that balance, summed over the layers. Collective."""
+        if self.config.model.num_moe_experts is None:
+            return {}
+        seen = list(self.seen.values())
+        sums = torch.tensor([sum(s.losses[0].item() for s in seen), sum(s.losses[1].item() for s in seen),
+                             sum(s.dropped.item() for s in seen)], dtype=torch.float64)
+        worst = torch.tensor([max((s.imbalance for s in seen), default=0.0)], dtype=torch.float64)
+        if self.mesh.pp.size > 1:
+            sums, worst = all_reduce(sums, self.mesh.pp.group), all_reduce(worst, self.mesh.pp.group, op="max")
+        return {"aux_loss": sums[0].item(), "z_loss": sums[1].item(), "tokens_dropped": int(sums[2].item()),
+                "expert_imbalance": worst.item()}
 
     def save(self) -> None:
         try:
