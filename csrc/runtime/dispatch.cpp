@@ -87,7 +87,7 @@ INTERLACE_API int interlace_dispatch(Heap* heap, const char* x, char* y, const i
   return OK;
 }
 
-// o[t] = the sum over ranks of (the sum over its rows there of y) + residual[t]. y [.., H], o and residual [tokens, H]; residual may be null.
+// o[t] = the sum over ranks of (the sum over its rows there of y) + residual[t], which may be null. y [.., H], o [tokens, H].
 INTERLACE_API int interlace_combine(Heap* heap, const char* y, char* o, const char* residual, const int32_t* ids, const int32_t* row,
                                     int64_t tokens, int64_t most, int64_t K, int64_t per, int64_t H, int dtype) {
   Call call(heap, COMBINE, y, 0);

@@ -139,11 +139,17 @@ def _exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> T
     return y
 
 
+def _permute(x: Tensor, plan: RoutePlan) -> Tensor:
+    y = permute(x, plan)
+    assert isinstance(y, Tensor)                                      # a pair only with probs
+    return y
+
+
 def dispatch_ref(x: Tensor, plan: DispatchPlan) -> Tensor:
     """`dispatch` by permute, the all-to-all of torch.distributed, permute. No autograd."""
     wire = plan.wire
     with torch.no_grad():
-        return permute(_exchange(permute(x, wire.send), wire.there, wire.back, plan.group), wire.here)
+        return _permute(_exchange(_permute(x, wire.send), wire.there, wire.back, plan.group), wire.here)
 
 
 def combine_ref(y: Tensor, plan: DispatchPlan, residual: Tensor | None = None) -> Tensor:
@@ -159,7 +165,7 @@ def combine_ref(y: Tensor, plan: DispatchPlan, residual: Tensor | None = None) -
 
 def _dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
     if plan.size == 1:
-        return permute(x, plan.route)
+        return _permute(x, plan.route)
     heap = _heap(x, plan.group)
     if heap is None:
         return dispatch_ref(x, plan)
@@ -257,7 +263,7 @@ def _bounded(plan: RoutePlan, R: int) -> RoutePlan:
     return replace(
         plan, counts=torch.minimum(plan.counts, (R - plan.offsets[:-1]).clamp(min=0)), offsets=plan.offsets.clamp(max=R),
         row_of_slot=torch.where(plan.row_of_slot < R, plan.row_of_slot, -1),
-        slot_of_row=slot[:R] if R <= len(slot) else torch.cat([slot, slot.new_full((R - len(slot),), -1)]))
+        slot_of_row=slot[:R] if len(slot) >= R else torch.cat([slot, slot.new_full((R - len(slot),), -1)]))
 
 
 def _check(ids: Tensor, E: int, size: int, align: int, max_rows: int | None, max_tokens: int | None) -> None:
