@@ -20,6 +20,7 @@ OPS = {                                                               # name of 
     "collectives": ("many", "all_reduce, all_gather, reduce_scatter, all_to_all"),
     "gemm_ar": ("many", "gemm_ar, copy_gemm"),
     "gemm_rs": ("many", "gemm_rs, ag_gemm"),
+    "dispatch": ("many", "dispatch and combine of expert parallelism, with the plan"),
     "rs_residual_norm": ("many", "rs_residual_norm with RMSNorm and LayerNorm"),
     "train_step": ("both", "a training step of a GPT, against torch's tensor parallel"),
 }

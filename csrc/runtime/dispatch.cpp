@@ -1,9 +1,10 @@
 // dispatch and combine over the heap: token rows to the ranks of their experts, and sums of rows back. Meaning: kernels/comm/dispatch.py
 //
 // Both go through the tokens in chunks, one tick each (heap.h). dispatch: my tokens of the chunk into my place, once however many
-// experts want them; every rank then reads those it wants, each into all of its rows. combine: into my place, for every other rank,
-// the sums over my rows of its tokens of the chunk; every rank then adds up the sums of its own tokens. Row i of a place belongs
-// to token i of the chunk: both sides know from the ids which of them are there, the others are neither written nor read.
+// experts want them (and those nobody else wants, too: one long copy costs less than many short ones); every rank then reads those
+// it wants, each into all of its rows. combine: into my place, for every other rank, the sums over my rows of its tokens of the
+// chunk; every rank then adds up the sums of its own tokens. Row i of a place belongs to token i of the chunk: both sides know from
+// the ids which of them are there, the others are not read.
 #include "call.h"
 
 namespace interlace {
@@ -17,11 +18,6 @@ struct Plan {
     int n = 0;
     for (int64_t i = token * K; i < (token + 1) * K; i++) n += ids[i] >= r * per && ids[i] < (r + 1) * per;
     return n;
-  }
-  bool elsewhere(int64_t token, int r) const {
-    for (int64_t i = token * K; i < (token + 1) * K; i++)
-      if (ids[i] >= 0 && (ids[i] < r * per || ids[i] >= (r + 1) * per)) return true;
-    return false;
   }
 };
 
@@ -77,11 +73,8 @@ INTERLACE_API int interlace_dispatch(Heap* heap, const char* x, char* y, const i
     };
     char* mine = begin(h, t, grid.span);
     const int64_t end = grid.last(k, tokens);
-    for (int64_t i = first, next; i < end; i = next) {  // what others want: neighbours in one copy
-      for (next = i; next < end && (next == i || grid.across == 1) && plan.elsewhere(h.rank * most + next, h.rank);) next++;
-      if (next > i) fill(h, mine + (i - first) * bytes, x + i * H * size + at, (next - i) * bytes);
-      else next++;
-    }
+    if (grid.across == 1) fill(h, mine, x + first * H * size, std::max<int64_t>(0, end - first) * bytes);
+    else for (int64_t i = first; i < end; i++) fill(h, mine + (i - first) * bytes, x + i * H * size + at, bytes);
     post(h, t, k, d);
     scatter(h.rank, x + first * H * size + at, H * size, end);  // while the others come
     if (const int rc = await(h, t, k, d)) return rc;
@@ -94,7 +87,7 @@ INTERLACE_API int interlace_dispatch(Heap* heap, const char* x, char* y, const i
   return OK;
 }
 
-// o[t] = the sum over ranks of (the sum over its rows there of y) + residual[t]. y [.., H], o and residual [tokens, H]; residual may be null.
+// o[t] = the sum over ranks of (the sum over its rows there of y) + residual[t], which may be null. y [.., H], o [tokens, H].
 INTERLACE_API int interlace_combine(Heap* heap, const char* y, char* o, const char* residual, const int32_t* ids, const int32_t* row,
                                     int64_t tokens, int64_t most, int64_t K, int64_t per, int64_t H, int dtype) {
   Call call(heap, COMBINE, y, 0);

@@ -139,11 +139,17 @@ def _exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> T
     return y
 
 
+def _permute(x: Tensor, plan: RoutePlan) -> Tensor:
+    y = permute(x, plan)
+    assert isinstance(y, Tensor)                                      # a pair only with probs
+    return y
+
+
 def dispatch_ref(x: Tensor, plan: DispatchPlan) -> Tensor:
     """`dispatch` by permute, the all-to-all of torch.distributed, permute. No autograd."""
     wire = plan.wire
     with torch.no_grad():
-        return permute(_exchange(permute(x, wire.send), wire.there, wire.back, plan.group), wire.here)
+        return _permute(_exchange(_permute(x, wire.send), wire.there, wire.back, plan.group), wire.here)
 
 
 def combine_ref(y: Tensor, plan: DispatchPlan, residual: Tensor | None = None) -> Tensor:
@@ -159,7 +165,7 @@ def combine_ref(y: Tensor, plan: DispatchPlan, residual: Tensor | None = None) -
 
 def _dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
     if plan.size == 1:
-        return permute(x, plan.route)
+        return _permute(x, plan.route)
     heap = _heap(x, plan.group)
     if heap is None:
         return dispatch_ref(x, plan)
@@ -257,7 +263,7 @@ def _bounded(plan: RoutePlan, R: int) -> RoutePlan:
     return replace(
         plan, counts=torch.minimum(plan.counts, (R - plan.offsets[:-1]).clamp(min=0)), offsets=plan.offsets.clamp(max=R),
         row_of_slot=torch.where(plan.row_of_slot < R, plan.row_of_slot, -1),
-        slot_of_row=slot[:R] if R <= len(slot) else torch.cat([slot, slot.new_full((R - len(slot),), -1)]))
+        slot_of_row=slot[:R] if len(slot) >= R else torch.cat([slot, slot.new_full((R - len(slot),), -1)]))
 
 
 def _check(ids: Tensor, E: int, size: int, align: int, max_rows: int | None, max_tokens: int | None) -> None:
@@ -296,15 +302,20 @@ def dispatch_plan(ids: Tensor, num_experts: int, group: Group, align: int = 1, *
         most = max(c["tokens"] for c in _agree(call, ids.device, group)) if size > 1 else T
     small = ids.detach().clamp(-2, num_experts).to(torch.int32)       # out of range stays out of range
     every = all_gather(_padded(small, most, -1), group) if size > 1 else small
-    if every.device.type == "cpu" and (wrong := (every < -1) | (every >= num_experts)).any():
-        r = int(wrong.any(1).nonzero()[0]) // most
-        raise ValueError(f"dispatch_plan: ids must be in [0, {num_experts}) or -1, got {int(wrong.sum())} others, the first on rank {r} "
-                         "of the group; use -1 to drop a slot")
+    if every.device.type == "cpu" and every.numel():
+        low, high = every.aminmax()
+        if low < -1 or high >= num_experts:
+            wrong = (every < -1) | (every >= num_experts)
+            raise ValueError(f"dispatch_plan: ids must be in [0, {num_experts}) or -1, got {int(wrong.sum())} others, the first on rank "
+                             f"{int(wrong.any(1).nonzero()[0]) // most} of the group; use -1 to drop a slot")
     if drop == "probs" and capacity is not None and probs is not None and size > 1:
         probs = all_gather(_padded(probs.detach(), most, 0), group)
-    first = _rank(group) * per
-    route = route_plan(torch.where((every >= first) & (every < first + per), every - first, -1), per, align, capacity, drop, probs)
-    route = _bounded(route, int(route.offsets[-1]) if max_rows is None else max_rows)
+    mine = (every - _rank(group) * per).clamp_(-1, per)
+    route = route_plan(mine.masked_fill_(mine == per, -1), per, align, capacity, drop, probs)
+    if max_rows is None:
+        route = replace(route, slot_of_row=route.slot_of_row[:int(route.offsets[-1])])
+    else:
+        route = _bounded(route, max_rows)
     return DispatchPlan(group, num_experts, T, every, route, max_rows is not None)
 
 
