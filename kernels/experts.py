@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import fused
-from .grouped_gemm import check_experts, grouped_gemm_ref, rows_gemm, rows_wgrad
+from .grouped_gemm import check_experts, grouped_gemm_ref, rows_gemm, rows_gemm_swiglu, rows_wgrad
 from .permute import check_probs, permute_ref, slots_of
 from .route_plan import RoutePlan
 from .swiglu import swiglu_ref
@@ -46,10 +46,6 @@ def expert_mlp_ref(x: Tensor, w13: Tensor, w2: Tensor, plan: RoutePlan | Tensor,
 # ---- autograd -------------------------------------------------------------------------------------------------
 
 
-def _act(z: Tensor, p: Tensor | None, activation: str) -> Tensor:
-    return torch.ops.interlace.swiglu_fwd(z, p) if activation == "swiglu" else _gelu_ref(z, p)
-
-
 def _act_backward(da: Tensor, z: Tensor, p: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None, Tensor]:
     """dz, dp, and the output again."""
     if activation == "swiglu":
@@ -69,8 +65,12 @@ class _Experts(torch.autograd.Function):
         p = probs
         if row is not None and probs is not None:
             p = ops.permute_fwd(x[:, :0], probs, row, slots)[1]       # [R], 0 on padding
-        z = rows_gemm(x, w13, offsets, plan)
-        o = rows_gemm(_act(z, p, activation), w2, offsets)
+        if activation == "swiglu":
+            z, a = rows_gemm_swiglu(x, w13, offsets, plan, p)
+        else:
+            z = rows_gemm(x, w13, offsets, plan)
+            a = _gelu_ref(z, p)
+        o = rows_gemm(a, w2, offsets)
         if row is not None:
             o = ops.unpermute_fwd(o, None, residual, shared, row, slots)
         ctx.save_for_backward(x, z, p, w13, w2, offsets, row, slots)
