@@ -154,6 +154,28 @@ def test_threads_do_not_change_the_bits(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rows_that_round_up_a_product_stay_out_of_the_others(dtype, threads):
+    """16-bit products are made of 34, 36 or 72 rows for 33, 35 and 70: neither the rows behind nor the tail may show it."""
+    sizes = [33, 0, 35, 70]
+    offsets = torch.tensor([0, *sizes]).cumsum(0).int()
+    for tail in (0, 1, 40):
+        x, dy = (torch.randint(-3, 4, (138 + tail, 8)).to(dtype) for _ in range(2))
+        x[138:], dy[138:] = torch.nan, torch.nan
+        w = torch.randint(-3, 4, (4, 8, 8)).to(dtype)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            y, dw = grouped_gemm(x, w, offsets), grouped_wgrad(dy, x, offsets)
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(y, loop(x.float(), w.float(), offsets).to(dtype))
+        at = offsets.tolist()
+        want = torch.stack([dy[a:b].float().t() @ x[a:b].float() for a, b in zip(at, at[1:])])
+        assert torch.equal(dw, want.to(dtype))
+
+
 def test_compiles_whole():
     def layer(x, w, ids):
         plan = route_plan(ids, 4, align=4)
