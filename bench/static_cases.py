@@ -135,7 +135,7 @@ def _moe(T: int, H: int, K: int, E: int) -> list[Case]:
     ]
 
 
-def _experts(T: int, H: int, I: int, K: int, E: int) -> list[Case]:   # noqa: E741
+def _experts(T: int, H: int, I: int, K: int, E: int) -> list[Case]:
     """Qwen3-30B's experts: both products forward, the first one's dx, and both weight gradients, tokens gathered on load."""
     R, N, size = T * K, 2 * I, f"{T}x{H}x{I} {K} of {E}"
     x, inner, z = lambda dt: _new(T, H, dtype=dt), lambda dt: _new(R, I, dtype=dt), lambda dt: _new(R, N, dtype=dt)

@@ -13,7 +13,7 @@ from .route_plan import RoutePlan, from_mask, route_plan, route_plan_ref
 from .swiglu import swiglu, swiglu_ref
 from .unpermute import unpermute, unpermute_ref
 
-__all__ = ["RoutePlan", "add_layer_norm", "add_layer_norm_ref", "add_rms_norm", "add_rms_norm_ref", "cross_entropy",
-           "cross_entropy_ref", "dropout", "dropout_ref", "expert_mlp", "expert_mlp_ref", "from_mask", "grouped_gemm", "grouped_gemm_ref", "grouped_wgrad", "grouped_wgrad_ref", "layer_norm", "layer_norm_ref", "permute", "permute_ref",
-           "rms_norm", "rms_norm_ref", "rope", "rope_ref", "rope_tables", "route_plan", "route_plan_ref", "swiglu", "swiglu_ref",
-           "unpermute", "unpermute_ref"]
+__all__ = ["RoutePlan", "add_layer_norm", "add_layer_norm_ref", "add_rms_norm", "add_rms_norm_ref", "cross_entropy", "cross_entropy_ref",
+           "dropout", "dropout_ref", "expert_mlp", "expert_mlp_ref", "from_mask", "grouped_gemm", "grouped_gemm_ref", "grouped_wgrad",
+           "grouped_wgrad_ref", "layer_norm", "layer_norm_ref", "permute", "permute_ref", "rms_norm", "rms_norm_ref", "rope", "rope_ref",
+           "rope_tables", "route_plan", "route_plan_ref", "swiglu", "swiglu_ref", "unpermute", "unpermute_ref"]

@@ -10,6 +10,8 @@ Numerics  fp32 accumulation (fp64 for fp64, no tf32), one rounding, one order of
 """
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,13 @@ def grouped_gemm_ref(x: Tensor, w: Tensor, offsets: Tensor, gather: RoutePlan | 
     """`grouped_gemm` as a loop of matrix products; offsets are read by the host."""
     rows = x if gather is None else _gathered(x, gather.slot_of_row, gather.row_of_slot.shape[1])
     *_, end = at = offsets.tolist()
-    y = [rows[a:b] @ w[e].t() for e, (a, b) in enumerate(zip(at, at[1:]))]
+    y = [rows[a:b] @ w[e].t() for e, (a, b) in enumerate(pairwise(at))]
     return torch.cat([*y, x.new_zeros(rows.shape[0] - end, w.shape[1])])
 
 
 def grouped_wgrad_ref(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     at = offsets.tolist()
-    return torch.stack([dy[a:b].t() @ x[a:b] for a, b in zip(at, at[1:])])
+    return torch.stack([dy[a:b].t() @ x[a:b] for a, b in pairwise(at)])
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------
@@ -165,13 +167,15 @@ def _launch(x: Tensor, w: Tensor, offsets: Tensor, slots: Tensor | None, row: Te
     return y
 
 
-def _launch_swiglu(x: Tensor, w: Tensor, offsets: Tensor, slots: Tensor | None, row: Tensor | None, p: Tensor | None) -> tuple[Tensor, Tensor]:
+def _launch_swiglu(x: Tensor, w: Tensor, offsets: Tensor, slots: Tensor | None, row: Tensor | None,
+                   p: Tensor | None) -> tuple[Tensor, Tensor]:
     z, a = _fake_swiglu(x, w, offsets, slots, row, p)
     _launch_rows(x, w, offsets, slots, row, p, False, z, a)
     return z, a
 
 
-def _fake_swiglu(x: Tensor, w: Tensor, offsets: Tensor, slots: Tensor | None, row: Tensor | None, p: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake_swiglu(x: Tensor, w: Tensor, offsets: Tensor, slots: Tensor | None, row: Tensor | None,
+                 p: Tensor | None) -> tuple[Tensor, Tensor]:
     z = _out(x, w, slots, False)
     return z, z.new_empty(z.shape[0], z.shape[1] // 2)
 
@@ -214,10 +218,11 @@ def _wgrad(g: Tensor, x: Tensor, offsets: Tensor, g_slots: Tensor | None, x_slot
 _ARGS = "Tensor g, Tensor x, Tensor offsets, Tensor? g_slots, Tensor? x_slots, int topk"
 define("grouped_gemm(Tensor x, Tensor w, Tensor offsets, Tensor? slot_of_row, Tensor? row_of_slot, bool dgrad, Tensor? main_grad)"
        " -> Tensor", _launch, lambda x, w, offsets, slots, row, dgrad, main_grad: _out(x, w, slots, dgrad))
-define("grouped_gemm_swiglu(Tensor x, Tensor w, Tensor offsets, Tensor? slot_of_row, Tensor? row_of_slot, Tensor? probs) -> (Tensor, Tensor)",
-       _launch_swiglu, _fake_swiglu)
+define("grouped_gemm_swiglu(Tensor x, Tensor w, Tensor offsets, Tensor? slot_of_row, Tensor? row_of_slot, Tensor? probs)"
+       " -> (Tensor, Tensor)", _launch_swiglu, _fake_swiglu)
 define(f"grouped_wgrad({_ARGS}) -> Tensor", _wgrad, lambda g, x, offsets, g_slots, x_slots, topk: _new_wgrad(g, x, offsets))
-define(f"grouped_wgrad_add({_ARGS}, Tensor(a!) dw) -> ()", lambda *args: _launch_wgrad(*args, True), lambda *args: None)
+define(f"grouped_wgrad_add({_ARGS}, Tensor(a!) dw) -> ()",
+       lambda g, x, offsets, g_slots, x_slots, topk, dw: _launch_wgrad(g, x, offsets, g_slots, x_slots, topk, dw, True), lambda *_: None)
 _ROWS, _WGRAD, _WGRAD_ADD = (getattr(torch.ops.interlace, name).default for name in ("grouped_gemm", "grouped_wgrad", "grouped_wgrad_add"))
 
 
@@ -276,13 +281,14 @@ _grouped_gemm = differentiable("grouped_gemm", _setup, _backward)
 def check_experts(op: str, x: Tensor, w: Tensor, offsets: Tensor, gather: RoutePlan | None, main_grad: Tensor | None) -> None:
     """x [R, K] or, with gather, [T, K]; w [E, N, K]; offsets int32 [E+1]; main_grad like w. Raises: ValueError."""
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2]:
-        raise ValueError(f"{op}: x must be [rows, K] and w [E, N, K], one nn.Linear weight for each expert, got {list(x.shape)} and {list(w.shape)}")
+        raise ValueError(f"{op}: x must be [rows, K] and w [E, N, K], one nn.Linear weight for each expert, "
+                         f"got {list(x.shape)} and {list(w.shape)}")
     if x.dtype != w.dtype or x.device != w.device:
         raise ValueError(f"{op}: x and w must have one dtype and device, got {x.dtype} on {x.device} and {w.dtype} on {w.device}; "
                          "cast or move one of them")
     if list(offsets.shape) != [w.shape[0] + 1] or offsets.dtype != torch.int32 or offsets.device != x.device:
-        raise ValueError(f"{op}: offsets must be int32 [{w.shape[0] + 1}], one more than there are experts, on {x.device}, got {offsets.dtype} "
-                         f"{list(offsets.shape)} on {offsets.device}; take them from route_plan")
+        raise ValueError(f"{op}: offsets must be int32 [{w.shape[0] + 1}], one more than there are experts, on {x.device}, "
+                         f"got {offsets.dtype} {list(offsets.shape)} on {offsets.device}; take them from route_plan")
     if gather is not None and gather.row_of_slot.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: x must be [T, K] with the plan's T = {gather.row_of_slot.shape[0]}, got {list(x.shape)}")
     if main_grad is not None:
@@ -327,7 +333,10 @@ def grouped_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out: Tensor | None = N
         check_main_grad("grouped_wgrad", out, [offsets.shape[0] - 1, dy.shape[1], x.shape[1]], x)
     with torch.no_grad():
         if not fused(dy, x, offsets):
-            dw = grouped_wgrad_ref(dy, x, offsets)
+            wide = x.dtype if out is None else out.dtype
+            dw = grouped_wgrad_ref(dy.to(wide), x.to(wide), offsets)
             return dw if out is None else out.add_(dw)
-        dw = rows_wgrad(dy.contiguous(), x.contiguous(), offsets, main_grad=out)
-    return dw if out is None else out
+        if out is None:
+            return _WGRAD(dy.contiguous(), x.contiguous(), offsets, None, None, 1)
+        _WGRAD_ADD(dy.contiguous(), x.contiguous(), offsets, None, None, 1, out)
+    return out
