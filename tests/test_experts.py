@@ -2,8 +2,9 @@ import pytest
 import torch
 from budget import DTYPES, check_budget
 
-from interlace.kernels import expert_mlp, expert_mlp_ref, permute, route_plan
+from interlace.kernels import expert_mlp, expert_mlp_ref, grouped_gemm, permute, route_plan, swiglu
 from interlace.kernels.dispatch import INTERPRET
+from interlace.kernels.experts import rows_gemm_swiglu
 
 KERNEL_DTYPES = [torch.float32, torch.float16] if INTERPRET else DTYPES   # the interpreter truncates to bf16, has no fp64
 CASES = {                                                             # T, H, I, K, E, route_plan's options
@@ -154,6 +155,18 @@ def test_gradients_in_float64_are_exact(activation):
     leaves = [t.double().requires_grad_() for t in (torch.nan_to_num(x), w13, w2, probs, torch.randn_like(x), torch.randn_like(x))]
     fn = lambda x, a, b, p, r, s: expert_mlp(x, a, b, plan, p, r, s, activation=activation)   # noqa: E731
     assert torch.autograd.gradcheck(fn, leaves, fast_mode=True)
+
+
+def test_gated_product_contract_kernel_matches(device):
+    """The product with SwiGLU in its epilogue, which CPU has in two steps: what it keeps is what the product alone makes."""
+    x, w13, _, plan, probs, _ = case("plain", device)
+    x, p = torch.nan_to_num(x), torch.rand(plan.rows, device=device)
+    z, a = rows_gemm_swiglu(x, w13, plan.offsets, (plan.row_of_slot, plan.slot_of_row), p)
+    assert torch.equal(z, grouped_gemm(x, w13, plan.offsets, plan))
+    torch.testing.assert_close(a, swiglu(z, p))
+    if INTERPRET or x.is_cuda:
+        torch.library.opcheck(torch.ops.interlace.grouped_gemm_swiglu.default,
+                              (x[:2], w13, plan.offsets * 0, plan.slot_of_row[:4] * 0 - 1, plan.row_of_slot[:2], p[:4]))
 
 
 def test_compiles_whole():
