@@ -1,4 +1,6 @@
 """expert_mlp against a loop over experts, and against sort, grouped_mm and index_add. `interlace bench experts`"""
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +13,7 @@ cases = grid(("expert_mlp",), shapes)
 
 
 def ways(case: Case, make: Make) -> Ways:
-    T, H, K, E, I = (case.shape[k] for k in "THKEI")                  # noqa: E741
+    T, H, K, E, I = (case.shape[k] for k in "THKEI")
     plan, size, R = routing(case, make), make.dtype.itemsize, T * K
     slot, at = plan.slot_of_row.long(), plan.offsets.tolist()
     probs = make.randn(T, K, grad=False).float().softmax(-1).requires_grad_()
@@ -19,7 +21,7 @@ def ways(case: Case, make: Make) -> Ways:
     def loop(x: Tensor, w13: Tensor, w2: Tensor, p: Tensor) -> Tensor:
         """As the models of Hugging Face's transformers do it."""
         o = torch.zeros_like(x)
-        for e, (a, b) in enumerate(zip(at, at[1:])):
+        for e, (a, b) in enumerate(pairwise(at)):
             if a < b:
                 gate, up = F.linear(x[slot[a:b] // K], w13[e]).chunk(2, -1)
                 y = F.linear(F.silu(gate) * up, w2[e]) * p.flatten()[slot[a:b], None]
@@ -35,4 +37,4 @@ def ways(case: Case, make: Make) -> Ways:
     once, flops = (2 * T * H + 3 * E * H * I + 5 * R * I + R * H) * size, 6 * R * H * I
     return Ways(inputs, loop, lambda x, a, b, p: expert_mlp(x, a, b, plan, p),
                 {"loop over experts": loop, "sort + F.grouped_mm": present() or Way(grouped, exact=loop)},
-                nbytes=(once, 2 * once), flops=(flops, 2 * flops), extra={"largest": max(b - a for a, b in zip(at, at[1:]))})
+                nbytes=(once, 2 * once), flops=(flops, 2 * flops), extra={"largest": max(b - a for a, b in pairwise(at))})

@@ -1,4 +1,6 @@
 """grouped_gemm over rows in expert order, against a loop of matmuls and torch's grouped_mm. `interlace bench grouped_gemm`"""
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,14 +11,15 @@ from .cases import Case, Make, Way, Ways, grid
 
 def shapes(sweep: str) -> dict[str, dict[str, int]]:
     """T tokens of H, each to K of E experts of inner width I; zipf=1: expert e is asked for in proportion to 1 / (e + 1)."""
+    odd = {"T": 77, "H": 129, "I": 65, "K": 3, "E": 13, "zipf": 1}
     if sweep == "quick":
-        return {"small": {"T": 128, "H": 256, "I": 128, "K": 2, "E": 8, "zipf": 0}, "odd": {"T": 77, "H": 129, "I": 65, "K": 3, "E": 13, "zipf": 1}}
+        return {"small": {"T": 128, "H": 256, "I": 128, "K": 2, "E": 8, "zipf": 0}, "odd": odd}
     T, part = (32768, 1) if sweep == "cuda" else (512, 2)
     few = {"T": 4 * T, "H": 4096 // part // part, "I": 14336 // part // 14, "K": 2, "E": 8} if part > 1 else {
         "T": T, "H": 4096, "I": 14336, "K": 2, "E": 8}
     many = {"T": T, "H": 2048 // part, "I": 768 // part, "K": 8, "E": 64 if part > 1 else 128}
     return {"mixtral": {**few, "zipf": 0}, "mixtral zipf": {**few, "zipf": 1}, "qwen3-30b": {**many, "zipf": 0},
-            "qwen3-30b zipf": {**many, "zipf": 1}, "odd": {"T": 77, "H": 129, "I": 65, "K": 3, "E": 13, "zipf": 1}}
+            "qwen3-30b zipf": {**many, "zipf": 1}, "odd": odd}
 
 
 cases = grid(("grouped_gemm",), shapes)
@@ -41,14 +44,14 @@ def present() -> str:
 
 
 def ways(case: Case, make: Make) -> Ways:
-    T, H, K, E, I = (case.shape[k] for k in "THKEI")                  # noqa: E741
+    T, H, K, E, I = (case.shape[k] for k in "THKEI")
     plan, size, R, N = routing(case, make), make.dtype.itemsize, T * K, 2 * I
     at = plan.offsets.tolist()                                        # the peers' own: they need the sizes on the host
 
     def loop(x: Tensor, w: Tensor) -> Tensor:
-        return torch.cat([x[a:b] @ w[e].t() for e, (a, b) in enumerate(zip(at, at[1:]))])
+        return torch.cat([x[a:b] @ w[e].t() for e, (a, b) in enumerate(pairwise(at))])
 
     once, flops = (R * H + E * N * H + R * N) * size, 2 * R * N * H
     return Ways((make.randn(R, H), make.randn(E, N, H, scale=H**-0.5)), loop, lambda x, w: grouped_gemm(x, w, plan.offsets),
                 {"loop of matmuls": loop, "F.grouped_mm": present() or Way(lambda x, w: grouped_mm(x, w, plan.offsets), exact=loop)},
-                nbytes=(once, 2 * once), flops=(flops, 2 * flops), extra={"largest": max(b - a for a, b in zip(at, at[1:]))})
+                nbytes=(once, 2 * once), flops=(flops, 2 * flops), extra={"largest": max(b - a for a, b in pairwise(at))})

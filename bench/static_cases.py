@@ -23,8 +23,8 @@ def _module(name: str) -> Any:                                        # by path:
     return import_module(f"..kernels.{name}", __package__)
 
 
-RMS, LN, SWIGLU, ROPE, CE, DROPOUT, PLAN, PERMUTE, UNPERMUTE = map(_module, (
-    "rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout", "route_plan", "permute", "unpermute"))
+RMS, LN, SWIGLU, ROPE, CE, DROPOUT, PLAN, PERMUTE, UNPERMUTE, GROUPED = map(_module, (
+    "rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout", "route_plan", "permute", "unpermute", "grouped_gemm"))
 Launch = Callable[[torch.dtype], object]
 Floor = Callable[[int], float]
 
@@ -75,6 +75,10 @@ def _swiglu(N: int, F: int) -> list[Case]:
         Case("swiglu", f"{N}x{F}", lambda dt: SWIGLU._launch_fwd(both(dt)), {"_fwd_kernel": lambda s: 3 * N * F * s}, 5 * N * F),
         Case("swiglu", f"{N}x{F}", lambda dt: SWIGLU._launch_bwd(half(dt), both(dt)),
              {"_bwd_kernel": lambda s: 5 * N * F * s}, 9 * N * F),
+        Case("swiglu", f"probs {N}x{F}", lambda dt: SWIGLU._launch_fwd(both(dt), _new(N)),
+             {"_fwd_kernel": lambda s: 3 * N * F * s + 4 * N}, 6 * N * F),
+        Case("swiglu", f"probs {N}x{F}", lambda dt: SWIGLU._launch_probs_bwd(half(dt), both(dt), _new(N)),
+             {"_probs_bwd_kernel": lambda s: 6 * N * F * s + 8 * N}, 13 * N * F),
     ]
 
 
@@ -131,8 +135,26 @@ def _moe(T: int, H: int, K: int, E: int) -> list[Case]:
     ]
 
 
+def _experts(T: int, H: int, I: int, K: int, E: int) -> list[Case]:
+    """Qwen3-30B's experts: both products forward, the first one's dx, and both weight gradients, tokens gathered on load."""
+    R, N, size = T * K, 2 * I, f"{T}x{H}x{I} {K} of {E}"
+    x, inner, z = lambda dt: _new(T, H, dtype=dt), lambda dt: _new(R, I, dtype=dt), lambda dt: _new(R, N, dtype=dt)
+    w13, w2 = lambda dt: _new(E, N, H, dtype=dt), lambda dt: _new(E, H, I, dtype=dt)
+    at, row, slot = (lambda: _new(E + 1, dtype=torch.int32)), (lambda: _new(T, K, dtype=torch.int32)), (lambda: _new(R, dtype=torch.int32))
+    return [
+        Case("grouped_gemm", f"gather swiglu {size}", lambda dt: GROUPED._launch_swiglu(x(dt), w13(dt), at(), slot(), row(), _new(R)),
+             {"_rows_kernel": lambda s: (T * H + E * N * H + R * N + R * I) * s + 8 * R}, 2 * R * N * H),
+        Case("grouped_gemm", f"rows {size}", lambda dt: GROUPED._launch(inner(dt), w2(dt), at(), None, None, False),
+             {"_rows_kernel": lambda s: (R * I + E * H * I + R * H) * s}, 2 * R * H * I),
+        Case("grouped_gemm", f"gather dx {size}", lambda dt: GROUPED._launch(x(dt), w2(dt), at(), slot(), row(), True),
+             {"_rows_kernel": lambda s: (T * H + E * H * I + R * I) * s + 4 * R}, 2 * R * H * I),
+        Case("grouped_gemm", f"gather dw {size}", lambda dt: GROUPED._wgrad(z(dt), x(dt), at(), None, slot(), K),
+             {"_wgrad_kernel": lambda s: (R * N + T * H + E * N * H) * s + 4 * R}, 2 * R * N * H),
+    ]
+
+
 CASES: list[Case] = [
     *_norms(8192, 8192), *_norms(8192, 12288), *_swiglu(8192, 28672), *_rope(4096, 2, 64, 128),
     *_cross_entropy(8192, 128256 // 8), *_dropout(8192, 8192),
-    *_moe(16384, 2048, 8, 128),
+    *_moe(16384, 2048, 8, 128), *_experts(16384, 2048, 768, 8, 128),
 ]

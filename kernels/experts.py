@@ -11,12 +11,14 @@ Numerics  as grouped_gemm, swiglu and unpermute: fp32 sums in one order, bitwise
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import fused
-from .grouped_gemm import check_experts, grouped_gemm_ref, rows_gemm, rows_wgrad
+from .grouped_gemm import check_experts, grouped_gemm_ref, rows_gemm, rows_gemm_swiglu, rows_wgrad
 from .permute import check_probs, permute_ref, slots_of
 from .route_plan import RoutePlan
 from .swiglu import swiglu_ref
@@ -30,11 +32,11 @@ def _gelu_ref(z: Tensor, probs: Tensor | None) -> Tensor:
     return (y if probs is None else y * probs[..., None].to(y.dtype)).to(z.dtype)
 
 
-_REF = {"swiglu": swiglu_ref, "gelu": _gelu_ref}
+_REF: dict[str, Callable[..., Tensor]] = {"swiglu": swiglu_ref, "gelu": _gelu_ref}
 
 
-def expert_mlp_ref(x: Tensor, w13: Tensor, w2: Tensor, plan: RoutePlan | Tensor, probs: Tensor | None = None, residual: Tensor | None = None,
-                   shared: Tensor | None = None, activation: str = "swiglu") -> Tensor:
+def expert_mlp_ref(x: Tensor, w13: Tensor, w2: Tensor, plan: RoutePlan | Tensor, probs: Tensor | None = None,
+                   residual: Tensor | None = None, shared: Tensor | None = None, activation: str = "swiglu") -> Tensor:
     """`expert_mlp` in torch operations, one product after the other; offsets are read by the host."""
     if isinstance(plan, Tensor):
         return grouped_gemm_ref(_REF[activation](grouped_gemm_ref(x, w13, plan), probs), w2, plan)
@@ -44,10 +46,6 @@ def expert_mlp_ref(x: Tensor, w13: Tensor, w2: Tensor, plan: RoutePlan | Tensor,
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------
-
-
-def _act(z: Tensor, p: Tensor | None, activation: str) -> Tensor:
-    return torch.ops.interlace.swiglu_fwd(z, p) if activation == "swiglu" else _gelu_ref(z, p)
 
 
 def _act_backward(da: Tensor, z: Tensor, p: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -69,8 +67,12 @@ class _Experts(torch.autograd.Function):
         p = probs
         if row is not None and probs is not None:
             p = ops.permute_fwd(x[:, :0], probs, row, slots)[1]       # [R], 0 on padding
-        z = rows_gemm(x, w13, offsets, plan)
-        o = rows_gemm(_act(z, p, activation), w2, offsets)
+        if activation == "swiglu":
+            z, a = rows_gemm_swiglu(x, w13, offsets, plan, p)
+        else:
+            z = rows_gemm(x, w13, offsets, plan)
+            a = _gelu_ref(z, p)
+        o = rows_gemm(a, w2, offsets)
         if row is not None:
             o = ops.unpermute_fwd(o, None, residual, shared, row, slots)
         ctx.save_for_backward(x, z, p, w13, w2, offsets, row, slots)
@@ -95,7 +97,7 @@ class _Experts(torch.autograd.Function):
             dx = rows_gemm(dz, w13, offsets, dgrad=True)
             if row is not None:
                 dx = torch.ops.interlace.unpermute_fwd(dx, None, None, None, row, slots)
-        if need_p:
+        if need_p and dp is not None:
             dprobs = dp if row is None else slots_of(dp, row)
         return dx, dw13, dw2, dprobs, do if need_res else None, do if need_sh else None, None, None, None, None, None
 
@@ -121,8 +123,8 @@ def _check(x: Tensor, w13: Tensor, w2: Tensor, plan: RoutePlan | Tensor, probs: 
         raise ValueError(f"expert_mlp: probs must be floating {list(x.shape[:1])}, one for each row, got {probs.dtype} {list(probs.shape)}")
     for t in addends:
         if t is not None and (rows or t.shape != x.shape or t.dtype != x.dtype):
-            raise ValueError(f"expert_mlp: residual and shared must be {list(x.shape)} {x.dtype} like x and need a plan, got {list(t.shape)} "
-                             f"{t.dtype}{' with offsets alone' if rows else ''}")
+            raise ValueError(f"expert_mlp: residual and shared must be {list(x.shape)} {x.dtype} like x and need a plan, "
+                             f"got {list(t.shape)} {t.dtype}{' with offsets alone' if rows else ''}")
 
 
 def expert_mlp(x: Tensor, w13: Tensor, w2: Tensor, plan: RoutePlan | Tensor, probs: Tensor | None = None, residual: Tensor | None = None,
@@ -143,6 +145,6 @@ def expert_mlp(x: Tensor, w13: Tensor, w2: Tensor, plan: RoutePlan | Tensor, pro
         return expert_mlp_ref(x, w13, w2, plan, probs, residual, shared, activation)
     if probs is not None:
         probs = probs.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
-    residual, shared = (None if t is None else t.contiguous().view_as(t) for t in (residual, shared))   # x itself, to torch.compile: another
+    residual, shared = (None if t is None else t.contiguous().view_as(t) for t in (residual, shared))   # torch.compile: may be x itself
     maps = (plan, None, None) if isinstance(plan, Tensor) else (plan.offsets, plan.row_of_slot, plan.slot_of_row)
     return _Experts.apply(x.contiguous(), w13.contiguous(), w2.contiguous(), probs, residual, shared, *maps, activation, main_grads)

@@ -10,6 +10,8 @@ Numerics  fp32 accumulation (fp64 for fp64, no tf32), one rounding, one order of
 """
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,13 @@ def grouped_gemm_ref(x: Tensor, w: Tensor, offsets: Tensor, gather: RoutePlan | 
     """`grouped_gemm` as a loop of matrix products; offsets are read by the host."""
     rows = x if gather is None else _gathered(x, gather.slot_of_row, gather.row_of_slot.shape[1])
     *_, end = at = offsets.tolist()
-    y = [rows[a:b] @ w[e].t() for e, (a, b) in enumerate(zip(at, at[1:]))]
+    y = [rows[a:b] @ w[e].t() for e, (a, b) in enumerate(pairwise(at))]
     return torch.cat([*y, x.new_zeros(rows.shape[0] - end, w.shape[1])])
 
 
 def grouped_wgrad_ref(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     at = offsets.tolist()
-    return torch.stack([dy[a:b].t() @ x[a:b] for a, b in zip(at, at[1:])])
+    return torch.stack([dy[a:b].t() @ x[a:b] for a, b in pairwise(at)])
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------
@@ -62,10 +64,12 @@ def _sources(slot_ptr, rows, keep, topk, GATHER: tl.constexpr):
 
 
 @triton.jit
-def _rows_kernel(x_ptr, w_ptr, offs_ptr, slot_ptr, y_ptr, R, E, D_IN, D_OUT, w_expert, w_in, w_out, topk, GATHER: tl.constexpr,
-                 UP: tl.constexpr, BINS: tl.constexpr, GROUP: tl.constexpr,
+def _rows_kernel(x_ptr, w_ptr, offs_ptr, slot_ptr, p_ptr, y_ptr, a_ptr, R, E, D_IN, D_OUT, w_expert, w_in, w_out, topk,
+                 GATHER: tl.constexpr, GATED: tl.constexpr, PROBS: tl.constexpr, UP: tl.constexpr, BINS: tl.constexpr, GROUP: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Tiles of all experts, dealt to a fixed number of programs; what lies behind the last expert is one more, of zeros."""
+    """Tiles of all experts, dealt to a fixed number of programs; what lies behind the last expert is one more, of zeros.
+
+    GATED: a program has columns of the gate and the same ones of up, so that a = swiglu(y) * p is made where both are in registers."""
     e = tl.arange(0, BINS)
     start = tl.minimum(tl.load(offs_ptr + e, mask=e <= E, other=0), R)
     stop = tl.where(e == E, R, tl.minimum(tl.load(offs_ptr + e + 1, mask=e < E, other=0), R))
@@ -82,16 +86,32 @@ def _rows_kernel(x_ptr, w_ptr, offs_ptr, slot_ptr, y_ptr, R, E, D_IN, D_OUT, w_e
         source, there = _sources(slot_ptr, rows, rows < tl.where(expert < E, last, 0), topk, GATHER)
         x_at = x_ptr + source[:, None] * D_IN
         w_at = w_ptr + expert.to(tl.int64) * w_expert + cols[None, :].to(tl.int64) * w_out
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        w_up_at = w_ptr + expert.to(tl.int64) * w_expert + (cols + D_OUT)[None, :].to(tl.int64) * w_out
+        acc, acc_up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for k in range(0, tl.where(expert < E, D_IN, 0), BLOCK_K):
             k_at = k + tl.arange(0, BLOCK_K)
+            inside = (k_at < D_IN)[:, None] & (cols < D_OUT)[None, :]
             a = tl.load(x_at + k_at[None, :], mask=there[:, None] & (k_at < D_IN)[None, :], other=0.0)
-            b = tl.load(w_at + k_at[:, None].to(tl.int64) * w_in, mask=(k_at < D_IN)[:, None] & (cols < D_OUT)[None, :], other=0.0)
+            b = tl.load(w_at + k_at[:, None].to(tl.int64) * w_in, mask=inside, other=0.0)
             if UP:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a, b, acc, input_precision="ieee")
-        tl.store(y_ptr + rows[:, None].to(tl.int64) * D_OUT + cols[None, :], acc.to(y_ptr.dtype.element_ty),
-                 mask=keep[:, None] & (cols < D_OUT)[None, :])
+            if GATED:
+                b = tl.load(w_up_at + k_at[:, None].to(tl.int64) * w_in, mask=inside, other=0.0)
+                acc_up = tl.dot(a, b.to(tl.float32) if UP else b, acc_up, input_precision="ieee")
+        inside, at = keep[:, None] & (cols < D_OUT)[None, :], rows[:, None].to(tl.int64) * D_OUT
+        if GATED:
+            gate = acc.to(y_ptr.dtype.element_ty)
+            up = acc_up.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + 2 * at + cols[None, :], gate, mask=inside)
+            tl.store(y_ptr + 2 * at + D_OUT + cols[None, :], up, mask=inside)
+            gate, up = gate.to(tl.float32), up.to(tl.float32)         # of what the backward will read
+            acc = gate / (1.0 + tl.exp(-gate)) * up
+            if PROBS:
+                acc *= tl.load(p_ptr + rows, mask=keep, other=0.0)[:, None]
+            tl.store(a_ptr + at + cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=inside)
+        else:
+            tl.store(y_ptr + at + cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -142,17 +162,37 @@ def _out(x: Tensor, w: Tensor, slots: Tensor | None, dgrad: bool) -> Tensor:
 
 def _launch(x: Tensor, w: Tensor, offsets: Tensor, slots: Tensor | None, row: Tensor | None, dgrad: bool,
             main_grad: Tensor | None = None) -> Tensor:
-    (E, N, K), y, topk = w.shape, _out(x, w, slots, dgrad), 1 if row is None else row.shape[1]
-    R, D_OUT = y.shape
-    if y.numel():
-        t = _tiles(-(-R // E), D_OUT, x.dtype)
-        most = (-(-R // t["tall"]) + E) * -(-D_OUT // t["across"])    # every expert may end in a part of a tile
+    y = _out(x, w, slots, dgrad)
+    _launch_rows(x, w, offsets, slots, row, None, dgrad, y, None)
+    return y
+
+
+def _launch_swiglu(x: Tensor, w: Tensor, offsets: Tensor, slots: Tensor | None, row: Tensor | None,
+                   p: Tensor | None) -> tuple[Tensor, Tensor]:
+    z, a = _fake_swiglu(x, w, offsets, slots, row, p)
+    _launch_rows(x, w, offsets, slots, row, p, False, z, a)
+    return z, a
+
+
+def _fake_swiglu(x: Tensor, w: Tensor, offsets: Tensor, slots: Tensor | None, row: Tensor | None,
+                 p: Tensor | None) -> tuple[Tensor, Tensor]:
+    z = _out(x, w, slots, False)
+    return z, z.new_empty(z.shape[0], z.shape[1] // 2)
+
+
+def _launch_rows(x: Tensor, w: Tensor, offsets: Tensor, slots: Tensor | None, row: Tensor | None, p: Tensor | None, dgrad: bool,
+                 y: Tensor, a: Tensor | None) -> None:
+    (E, N, K), (R, D_OUT), topk = w.shape, (y if a is None else a).shape, 1 if row is None else row.shape[1]
+    if R and D_OUT:
+        t = _tiles(-(-R // E), y.shape[1], x.dtype)
+        across = t["across"] if a is None or INTERPRET else t["across"] // 2
+        most = (-(-R // t["tall"]) + E) * -(-D_OUT // across)         # every expert may end in a part of a tile
         if x.is_cuda:
             most = min(most, torch.cuda.get_device_properties(x.device).multi_processor_count * (8 // t["num_warps"]))
         _rows_kernel[(min(most, 8) if INTERPRET else most,)](
-            x, w, offsets, slots, y, R, E, x.shape[1], D_OUT, N * K, K if dgrad else 1, 1 if dgrad else K, topk, slots is not None, INTERPRET,
-            triton.next_power_of_2(E + 1), 8, t["tall"], t["across"], t["deep"], num_warps=t["num_warps"], num_stages=t["num_stages"])
-    return y
+            x, w, offsets, slots, p, y, a, R, E, x.shape[1], D_OUT, N * K, K if dgrad else 1, 1 if dgrad else K, topk,
+            slots is not None, a is not None, p is not None, INTERPRET, triton.next_power_of_2(E + 1), 8, t["tall"], across, t["deep"],
+            num_warps=t["num_warps"], num_stages=t["num_stages"])
 
 
 def _launch_wgrad(g: Tensor, x: Tensor, offsets: Tensor, g_slots: Tensor | None, x_slots: Tensor | None, topk: int, dw: Tensor,
@@ -178,8 +218,11 @@ def _wgrad(g: Tensor, x: Tensor, offsets: Tensor, g_slots: Tensor | None, x_slot
 _ARGS = "Tensor g, Tensor x, Tensor offsets, Tensor? g_slots, Tensor? x_slots, int topk"
 define("grouped_gemm(Tensor x, Tensor w, Tensor offsets, Tensor? slot_of_row, Tensor? row_of_slot, bool dgrad, Tensor? main_grad)"
        " -> Tensor", _launch, lambda x, w, offsets, slots, row, dgrad, main_grad: _out(x, w, slots, dgrad))
+define("grouped_gemm_swiglu(Tensor x, Tensor w, Tensor offsets, Tensor? slot_of_row, Tensor? row_of_slot, Tensor? probs)"
+       " -> (Tensor, Tensor)", _launch_swiglu, _fake_swiglu)
 define(f"grouped_wgrad({_ARGS}) -> Tensor", _wgrad, lambda g, x, offsets, g_slots, x_slots, topk: _new_wgrad(g, x, offsets))
-define(f"grouped_wgrad_add({_ARGS}, Tensor(a!) dw) -> ()", lambda *args: _launch_wgrad(*args, True), lambda *args: None)
+define(f"grouped_wgrad_add({_ARGS}, Tensor(a!) dw) -> ()",
+       lambda g, x, offsets, g_slots, x_slots, topk, dw: _launch_wgrad(g, x, offsets, g_slots, x_slots, topk, dw, True), lambda *_: None)
 _ROWS, _WGRAD, _WGRAD_ADD = (getattr(torch.ops.interlace, name).default for name in ("grouped_gemm", "grouped_wgrad", "grouped_wgrad_add"))
 
 
@@ -187,6 +230,15 @@ def rows_gemm(x: Tensor, w: Tensor, offsets: Tensor, plan: tuple[Tensor, Tensor]
     """x[r] @ w[e].T, or x[r] @ w[e]; plan: (row_of_slot, slot_of_row) where x holds tokens. No gradient."""
     row, slots = plan or (None, None)
     return _ROWS(x, w, offsets, slots, row, dgrad, None)
+
+
+def rows_gemm_swiglu(x: Tensor, w: Tensor, offsets: Tensor, plan: tuple[Tensor, Tensor] | None, p: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z = x[r] @ w[e].T and swiglu(z, p): in one kernel where there is one, after one another on CPU. No gradient."""
+    row, slots = plan or (None, None)
+    if x.is_cuda or INTERPRET:
+        return torch.ops.interlace.grouped_gemm_swiglu(x, w, offsets, slots, row, p)
+    z = _ROWS(x, w, offsets, slots, row, False, None)
+    return z, torch.ops.interlace.swiglu_fwd(z, p)
 
 
 def rows_wgrad(g: Tensor, x: Tensor, offsets: Tensor, topk: int = 1, g_slots: Tensor | None = None, x_slots: Tensor | None = None,
@@ -229,13 +281,14 @@ _grouped_gemm = differentiable("grouped_gemm", _setup, _backward)
 def check_experts(op: str, x: Tensor, w: Tensor, offsets: Tensor, gather: RoutePlan | None, main_grad: Tensor | None) -> None:
     """x [R, K] or, with gather, [T, K]; w [E, N, K]; offsets int32 [E+1]; main_grad like w. Raises: ValueError."""
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2]:
-        raise ValueError(f"{op}: x must be [rows, K] and w [E, N, K], one nn.Linear weight for each expert, got {list(x.shape)} and {list(w.shape)}")
+        raise ValueError(f"{op}: x must be [rows, K] and w [E, N, K], one nn.Linear weight for each expert, "
+                         f"got {list(x.shape)} and {list(w.shape)}")
     if x.dtype != w.dtype or x.device != w.device:
         raise ValueError(f"{op}: x and w must have one dtype and device, got {x.dtype} on {x.device} and {w.dtype} on {w.device}; "
                          "cast or move one of them")
     if list(offsets.shape) != [w.shape[0] + 1] or offsets.dtype != torch.int32 or offsets.device != x.device:
-        raise ValueError(f"{op}: offsets must be int32 [{w.shape[0] + 1}], one more than there are experts, on {x.device}, got {offsets.dtype} "
-                         f"{list(offsets.shape)} on {offsets.device}; take them from route_plan")
+        raise ValueError(f"{op}: offsets must be int32 [{w.shape[0] + 1}], one more than there are experts, on {x.device}, "
+                         f"got {offsets.dtype} {list(offsets.shape)} on {offsets.device}; take them from route_plan")
     if gather is not None and gather.row_of_slot.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: x must be [T, K] with the plan's T = {gather.row_of_slot.shape[0]}, got {list(x.shape)}")
     if main_grad is not None:
@@ -280,7 +333,10 @@ def grouped_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out: Tensor | None = N
         check_main_grad("grouped_wgrad", out, [offsets.shape[0] - 1, dy.shape[1], x.shape[1]], x)
     with torch.no_grad():
         if not fused(dy, x, offsets):
-            dw = grouped_wgrad_ref(dy, x, offsets)
+            wide = x.dtype if out is None else out.dtype
+            dw = grouped_wgrad_ref(dy.to(wide), x.to(wide), offsets)
             return dw if out is None else out.add_(dw)
-        dw = rows_wgrad(dy.contiguous(), x.contiguous(), offsets, main_grad=out)
-    return dw if out is None else out
+        if out is None:
+            return _WGRAD(dy.contiguous(), x.contiguous(), offsets, None, None, 1)
+        _WGRAD_ADD(dy.contiguous(), x.contiguous(), offsets, None, None, 1, out)
+    return out

@@ -2,8 +2,9 @@ import pytest
 import torch
 from budget import DTYPES, check_budget
 
-from interlace.kernels import expert_mlp, expert_mlp_ref, permute, route_plan
+from interlace.kernels import expert_mlp, expert_mlp_ref, grouped_gemm, permute, route_plan, swiglu
 from interlace.kernels.dispatch import INTERPRET
+from interlace.kernels.experts import rows_gemm_swiglu
 
 KERNEL_DTYPES = [torch.float32, torch.float16] if INTERPRET else DTYPES   # the interpreter truncates to bf16, has no fp64
 CASES = {                                                             # T, H, I, K, E, route_plan's options
@@ -15,7 +16,7 @@ CASES = {                                                             # T, H, I,
 
 def case(name, device, gates=2):
     """x with NaN in tokens that no expert takes, w13, w2, plan, probs, do."""
-    T, H, I, K, E, kw = CASES[name]                                   # noqa: E741
+    T, H, I, K, E, kw = CASES[name]
     torch.manual_seed(0)
     ids = torch.randint(-1, E, (T, K))
     ids[:T // 3, :] = ids[:T // 3, :1]                                # the same expert more than once, and tokens without one
@@ -56,7 +57,8 @@ def test_expert_mlp_kernel_matches(name, dtype, device):
 def test_with_addends_and_without_probs_kernel_matches(dtype, device):
     x, w13, w2, plan, _, do = case("plain", device)
     extra = torch.randn(2, *x.shape, device=device)
-    check_budget(lambda x, a, b, r, s: expert_mlp(x, a, b, plan, None, r, s), lambda x, a, b, r, s: expert_mlp_ref(x, a, b, plan, None, r, s),
+    check_budget(lambda x, a, b, r, s: expert_mlp(x, a, b, plan, None, r, s),
+                 lambda x, a, b, r, s: expert_mlp_ref(x, a, b, plan, None, r, s),
                  [torch.nan_to_num(x), w13, w2, *extra], dtype, [do])
 
 
@@ -109,7 +111,7 @@ def test_zero_probs_keep_their_gradient_kernel_matches(device):
 def test_saves_the_input_the_pre_activation_and_indices_alone(form):
     """Counted where autograd packs: weights are the caller's own and take no memory here."""
     x, w13, w2, plan, probs, _ = case("odd", "cpu")
-    H, I = w2.shape[1:]                                               # noqa: E741
+    H, I = w2.shape[1:]
     if form == "offsets":
         x, probs = torch.randn(plan.rows, H), torch.rand(plan.rows)
     leaves = [t.requires_grad_() for t in (x, w13, w2, probs)]
@@ -155,6 +157,18 @@ def test_gradients_in_float64_are_exact(activation):
     assert torch.autograd.gradcheck(fn, leaves, fast_mode=True)
 
 
+def test_gated_product_contract_kernel_matches(device):
+    """The product with SwiGLU in its epilogue, which CPU has in two steps: what it keeps is what the product alone makes."""
+    x, w13, _, plan, probs, _ = case("plain", device)
+    x, p = torch.nan_to_num(x), torch.rand(plan.rows, device=device)
+    z, a = rows_gemm_swiglu(x, w13, plan.offsets, (plan.row_of_slot, plan.slot_of_row), p)
+    assert torch.equal(z, grouped_gemm(x, w13, plan.offsets, plan))
+    torch.testing.assert_close(a, swiglu(z, p))
+    if INTERPRET or x.is_cuda:
+        torch.library.opcheck(torch.ops.interlace.grouped_gemm_swiglu.default,
+                              (x[:2], w13, plan.offsets * 0, plan.slot_of_row[:4] * 0 - 1, plan.row_of_slot[:2], p[:4]))
+
+
 def test_compiles_whole():
     _, w13, w2, _, _, _ = case("plain", "cpu")
     def layer(x, w13, w2, ids, scores):
@@ -176,7 +190,8 @@ def test_rejects_misuse(device):
     x, w13, w2, plan, probs, _ = case("plain", device)
     for message, kw in {"activation must be": {"activation": "relu"}, "must agree for swiglu": {"w2": w2[:, :, 1:]}, "must agree for gelu":
                         {"activation": "gelu"}, "T = 13": {"x": x[1:]}, r"probs must be floating \[13, 2\]": {"probs": probs[1:]},
-                        "residual and shared must be": {"residual": x[1:]}, "with offsets alone": {"plan": plan.offsets, "shared": x, "probs": None},
+                        "residual and shared must be": {"residual": x[1:]},
+                        "with offsets alone": {"plan": plan.offsets, "shared": x, "probs": None},
                         "one for each row": {"plan": plan.offsets}, "main gradients must be": {"main_grads": (w13.half(), w2)}}.items():
         with pytest.raises(ValueError, match=message):
             expert_mlp(**{"x": x, "w13": w13, "w2": w2, "plan": plan, "probs": probs, **kw})

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from budget import DTYPES, check_budget
@@ -36,7 +38,7 @@ def plan_case(device, T=13, H=40, K=3, E=5, N=24, **kw):
 def loop(x, w, offsets):
     """What the formula says, row by row."""
     at, y = offsets.tolist(), x.new_zeros(x.shape[0], w.shape[1])
-    for e, (a, b) in enumerate(zip(at, at[1:])):
+    for e, (a, b) in enumerate(pairwise(at)):
         for r in range(a, b):
             y[r] = w[e] @ x[r]
     return y
@@ -66,7 +68,7 @@ def test_whole_numbers_are_exact_kernel_matches(name, device):
     grouped_gemm(xs, ws, offsets).backward(dy)
     assert torch.equal(xs.grad, loop(dy, w.transpose(1, 2), offsets))
     at = offsets.tolist()
-    dw = torch.stack([sum((torch.outer(dy[r], x[r]) for r in range(a, b)), torch.zeros_like(w[0])) for a, b in zip(at, at[1:])])
+    dw = torch.stack([sum((torch.outer(dy[r], x[r]) for r in range(a, b)), torch.zeros_like(w[0])) for a, b in pairwise(at)])
     assert torch.equal(ws.grad, dw) and torch.equal(grouped_wgrad(dy, x, offsets), dw)
 
 
@@ -154,6 +156,28 @@ def test_threads_do_not_change_the_bits(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rows_that_round_up_a_product_stay_out_of_the_others(dtype, threads):
+    """16-bit products are made of 34, 36 or 72 rows for 33, 35 and 70: neither the rows behind nor the tail may show it."""
+    sizes = [33, 0, 35, 70]
+    offsets = torch.tensor([0, *sizes]).cumsum(0).int()
+    for tail in (0, 1, 40):
+        x, dy = (torch.randint(-3, 4, (138 + tail, 8)).to(dtype) for _ in range(2))
+        x[138:], dy[138:] = torch.nan, torch.nan
+        w = torch.randint(-3, 4, (4, 8, 8)).to(dtype)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            y, dw = grouped_gemm(x, w, offsets), grouped_wgrad(dy, x, offsets)
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(y, loop(x.float(), w.float(), offsets).to(dtype))
+        at = offsets.tolist()
+        want = torch.stack([dy[a:b].float().t() @ x[a:b].float() for a, b in pairwise(at)])
+        assert torch.equal(dw, want.to(dtype))
+
+
 def test_compiles_whole():
     def layer(x, w, ids):
         plan = route_plan(ids, 4, align=4)
@@ -189,7 +213,8 @@ def test_grouped_gemm_op_contract_kernel_matches(name, device):
 def test_rejects_misuse(device):
     x, w, offsets, dy = case("plain", device)
     _, _, plan, _ = plan_case(device)
-    for message, kw in {r"w \[E, N, K\]": {"w": w[0]}, "one dtype and device": {"w": w.half()}, r"offsets must be int32 \[5\]": {"offsets": offsets[1:]},
+    for message, kw in {r"w \[E, N, K\]": {"w": w[0]}, "one dtype and device": {"w": w.half()},
+                        r"offsets must be int32 \[5\]": {"offsets": offsets[1:]},
                         "take them from route_plan": {"offsets": offsets.long()}, "T = 13": {"gather": plan},
                         "main gradients must be": {"main_grad": w.half()}}.items():
         with pytest.raises(ValueError, match=message):
