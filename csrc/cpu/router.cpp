@@ -237,9 +237,9 @@ Outputs fwd(Tensor logits, std::optional<Tensor> bias, std::optional<Tensor> val
   const int64_t T_ = logits.size(0), E = logits.size(1), N = sequences * E;
   const ScalarType acc = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const auto fresh = [&](std::initializer_list<int64_t> size, ScalarType type) { return torch::stable::new_empty(logits, size, type); };
-  Outputs result{fresh({T_, K}, ScalarType::Int), fresh({T_, K}, acc), fresh({sequences, E}, acc), fresh({T_}, acc),
+  Outputs result{fresh({T_, K}, acc), fresh({sequences, E}, acc), fresh({T_}, acc), fresh({T_, K}, ScalarType::Int),
                  fresh({sequences, E}, ScalarType::Int)};
-  auto& [ids, probs, sums, lse, counts] = result;
+  auto& [probs, sums, lse, ids, counts] = result;
   const Options o{K, groups, group_topk, group_best, sequences, norm, by_score, scaling};
   const int64_t step = std::max(CHUNK, sequences), chunks = (T_ + step - 1) / step;
   dispatch(logits, "router", [&]<class T>(T) {
