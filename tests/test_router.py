@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from interlace.kernels import Routing, aux_loss, forced_balance, jitter, router, router_ref, update_expert_bias, z_loss
 from interlace.kernels.dispatch import INTERPRET, fused
 
-KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if INTERPRET else [torch.float64])
+KERNEL_DTYPES = [torch.float32, torch.bfloat16] + ([] if INTERPRET else [torch.float16, torch.float64])
 GROUPS = {"num_groups": 8, "group_topk": 4}
 CASES = {                                                             # T, E, K, options; "bias" and "valid" are made
     "mixtral": (64, 8, 2, {}), "one expert": (7, 1, 1, {}), "one token": (1, 8, 3, {}), "no token": (0, 8, 2, {"sequences": 3}),
@@ -30,7 +30,7 @@ CASES = {                                                             # T, E, K,
 def _case(name, device="cpu"):
     """Logits exact in every dtype, with many ties, and options. Padding has NaN logits."""
     T, E, K, options = CASES[name]
-    options = dict(options)
+    T, options = min(T, 11) if INTERPRET else T, dict(options)
     g = torch.Generator().manual_seed(3)
     logits = (torch.randn(T, E, generator=g) * 8).round() / 4
     if options.pop("bias", False):
@@ -114,20 +114,23 @@ def test_reference_is_the_definition(name):
 @pytest.mark.parametrize("E,K", [(256, 8), (128, 8), (8, 2), (60, 4)])
 def test_as_other_systems_compose_it_kernel_matches(E, K, device):
     """torch.topk on data without ties, in the order of operations of Megatron-Core and of Hugging Face's models."""
-    x = torch.randn(48, E, generator=torch.Generator().manual_seed(6)).to(device)
+    T = 5 if INTERPRET else 48
+    x = torch.randn(T, E, generator=torch.Generator().manual_seed(6)).to(device)
     values, ids = x.topk(K)
+
     def same(r, p, i):
         assert torch.equal(r.ids.long(), i)
         torch.testing.assert_close(r.probs, p)
+
     same(router(x, K), values.softmax(-1), ids)
     p = x.softmax(-1).gather(1, ids)
     same(router(x, K, pre_softmax=True), p, ids)
     same(router(x, K, pre_softmax=True, norm_topk_prob=True, scaling_factor=3.0), 3 * p / p.sum(-1, keepdim=True), ids)
     groups, kept = (8, 4) if E % 8 == 0 and E > 8 else (4, 2)
     bias, s = torch.linspace(-0.2, 0.3, E, device=device), x.sigmoid()
-    best = (s + bias).view(48, groups, -1)
+    best = (s + bias).view(T, groups, -1)
     worth = best.topk(min(2, best.shape[2]), -1).values.sum(-1)       # Hugging Face: the top 2 of s + b
-    mask = torch.zeros(48, groups, device=device).scatter_(1, worth.topk(kept).indices, 1.0).repeat_interleave(E // groups, 1)
+    mask = torch.zeros(T, groups, device=device).scatter_(1, worth.topk(kept).indices, 1.0).repeat_interleave(E // groups, 1)
     ids = (s + bias).masked_fill(mask == 0, -torch.inf).topk(K).indices
     p = s.gather(1, ids)
     same(router(x, K, score_function="sigmoid", expert_bias=bias, num_groups=groups, group_topk=kept, group_score=min(2, E // groups),
@@ -284,8 +287,7 @@ def test_router_op_contract_kernel_matches(device):
     x = torch.randn(12, 10, device=device)
     bias, valid, ids = torch.randn(10, device=device), torch.rand(12, device=device) < 0.5, torch.randint(0, 10, (12, 2), device=device)
     fwd, bwd = torch.ops.interlace.router_fwd.default, torch.ops.interlace.router_bwd.default
-    for args in ((x.clone().requires_grad_(), None, None, None, 2, 0, True, False, 1, 1, 1, 1.0, 1),
-                 (x.clone().requires_grad_(), bias, valid, None, 2, 1, True, True, 5, 2, 2, 2.5, 3),
+    for args in ((x.clone().requires_grad_(), bias, valid, None, 2, 1, True, True, 5, 2, 2, 2.5, 3),
                  (x.clone().requires_grad_(), None, None, ids.int(), 2, 2, False, False, 1, 1, 1, 1.0, 2),
                  (x[:0].clone().requires_grad_(), None, None, None, 2, 0, False, False, 1, 1, 1, 1.0, 2)):
         torch.library.opcheck(fwd, args)
