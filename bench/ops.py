@@ -12,6 +12,7 @@ OPS = {                                                               # name of 
     "rope": ("one", "rope on a slice of a fused qkv buffer"),
     "dropout": ("one", "dropout, whole and a shard"),
     "cross_entropy": ("one", "cross_entropy"),
+    "router": ("one", "router of Mixtral, Qwen3 and DeepSeek-V3, with the sums of the aux and z losses"),
     "route_plan": ("one", "route_plan"),
     "permute": ("one", "permute"),
     "unpermute": ("one", "unpermute with probs"),

@@ -25,6 +25,8 @@ def _module(name: str) -> Any:                                        # by path:
 
 RMS, LN, SWIGLU, ROPE, CE, DROPOUT, PLAN, PERMUTE, UNPERMUTE, GROUPED = map(_module, (
     "rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout", "route_plan", "permute", "unpermute", "grouped_gemm"))
+RMS, LN, SWIGLU, ROPE, CE, DROPOUT, ROUTER, PLAN, PERMUTE, UNPERMUTE = map(_module, (
+    "rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout", "router", "route_plan", "permute", "unpermute"))
 Launch = Callable[[torch.dtype], object]
 Floor = Callable[[int], float]
 
@@ -150,6 +152,17 @@ def _experts(T: int, H: int, I: int, K: int, E: int) -> list[Case]:
              {"_rows_kernel": lambda s: (T * H + E * H * I + R * I) * s + 4 * R}, 2 * R * H * I),
         Case("grouped_gemm", f"gather dw {size}", lambda dt: GROUPED._wgrad(z(dt), x(dt), at(), None, slot(), K),
              {"_wgrad_kernel": lambda s: (R * N + T * H + E * N * H) * s + 4 * R}, 2 * R * N * H),
+def _router(T: int, E: int, K: int, func: int, name: str, groups: int = 1, kept: int = 1, best: int = 1) -> list[Case]:
+    """Logits in dt; a batch of 2 sequences, whose sums are their own. Partial sums are no part of the floor."""
+    x: Callable[[torch.dtype], Tensor] = lambda dt: _new(T, E, dtype=dt)      # noqa: E731
+    ids, programs = lambda: _new(T, K, dtype=torch.int32), min(1024, T // min(64, 1024 // E))
+    biased = groups > 1
+    return [
+        Case("router", name, lambda dt: ROUTER._launch_fwd(x(dt), _new(E) if biased else None, None, None, K, func, True, biased, groups,
+                                                           kept, best, 2.5, 2),
+             {"_fwd_kernel": lambda s: T * E * s + 8 * T * K + 4 * T, "_sum_kernel": lambda s: programs * E * 8}, (5 + 2 * K) * T * E),
+        Case("router", name, lambda dt: ROUTER._launch_bwd(_new(T, K), _new(2, E), _new(T), x(dt), ids(), None, func, True, 2.5, 2),
+             {"_bwd_kernel": lambda s: 2 * T * E * s + 8 * T * K + 4 * T}, (10 + K) * T * E),
     ]
 
 
@@ -157,4 +170,7 @@ CASES: list[Case] = [
     *_norms(8192, 8192), *_norms(8192, 12288), *_swiglu(8192, 28672), *_rope(4096, 2, 64, 128),
     *_cross_entropy(8192, 128256 // 8), *_dropout(8192, 8192),
     *_moe(16384, 2048, 8, 128), *_experts(16384, 2048, 768, 8, 128),
+    *_moe(16384, 2048, 8, 128),
+    *_router(16384, 8, 2, 0, "16384x8 2 of 8"), *_router(16384, 128, 8, 0, "16384x128 8 of 128"),
+    *_router(16384, 256, 8, 1, "sigmoid groups 16384x256 8 of 256", 8, 4, 2), *_router(16384, 1000, 8, 2, "sqrtsoftplus 16384x1000 8 of 1000"),
 ]

@@ -90,7 +90,7 @@ def _router_ref(logits: Tensor, bias: Tensor | None, valid: Tensor | None, given
     sums = x.new_zeros(sequences, E).index_add(0, of, n.masked_fill(~ok[:, None], 0.0))
     slot = (of[:, None] * E + at)[on]
     counts = torch.zeros(sequences * E, dtype=torch.int32, device=device).index_add(0, slot, torch.ones_like(slot, dtype=torch.int32))
-    return torch.where(on, at, -1).int(), q * scaling, sums, lse, counts.view(sequences, E)
+    return q * scaling, sums, lse, torch.where(on, at, -1).int(), counts.view(sequences, E)
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------
@@ -116,14 +116,14 @@ def _keep_groups(key, G, GP: tl.constexpr, SP: tl.constexpr, R: tl.constexpr, KE
     low: tl.constexpr = -0x80000000
     members, member = tl.reshape(key, [R * GP, SP]), tl.arange(0, SP)
     total = tl.zeros([R * GP], dtype=tl.float32)
-    for _ in range(BEST):
+    for best in range(BEST):
         top, at = _take(members, member, SP)
         total += (top ^ ((top >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)              # back to the value
         members = tl.where(member[None, :] == at[:, None], low, members)
     group, kept = tl.arange(0, GP), tl.zeros([R, GP], dtype=tl.int32)
     score = tl.where(group[None, :] < G, _ordered(tl.reshape(total, [R, GP])), low)
-    for _ in range(KEEP):
-        _, at = _take(score, group, GP)
+    for keep in range(KEEP):
+        top, at = _take(score, group, GP)
         hit = group[None, :] == at[:, None]
         kept, score = tl.where(hit, 1, kept), tl.where(hit, low, score)
     kept = tl.reshape(tl.broadcast_to(tl.reshape(kept, [R, GP, 1]), [R, GP, SP]), [R, GP * SP])
@@ -158,7 +158,7 @@ def _weigh(xk, total, m, FUNC: tl.constexpr, NORM: tl.constexpr):
     """q [R, KP] of the chosen logits, -inf where there is none, and ds/dx over the divisor."""
     if FUNC == 0:
         if NORM:
-            e, total, _ = _softmax(xk)
+            e, total, m = _softmax(xk)
         else:
             e = tl.exp(xk - m[:, None])
         q = e / total[:, None]
@@ -195,7 +195,7 @@ def _fwd_kernel(x_ptr, bias_ptr, valid_ptr, given_ptr, ids_ptr, p_ptr, lse_ptr, 
             s = exps / total[:, None]
             n = s
         else:
-            s, _ = _unit(x, FUNC)
+            s, slope = _unit(x, FUNC)
             n = s / (tl.sum(s, axis=1)[:, None] + 1e-20)
         sums += tl.where(live[:, None], n, 0.0)
         if given_ptr is None:
@@ -208,7 +208,7 @@ def _fwd_kernel(x_ptr, bias_ptr, valid_ptr, given_ptr, ids_ptr, p_ptr, lse_ptr, 
         xk = tl.full([R, KP], -float("inf"), dtype=tl.float32)
         for k in range(K):
             if given_ptr is None:
-                _, at = _take(key, col, C)
+                top, at = _take(key, col, C)
                 key = tl.where(col[None, :] == at[:, None], low, key)
                 at = at if SIZE == SP else at // SP * SIZE + at % SP
             else:
@@ -218,7 +218,7 @@ def _fwd_kernel(x_ptr, bias_ptr, valid_ptr, given_ptr, ids_ptr, p_ptr, lse_ptr, 
             tl.store(ids_ptr + t * K + k, at, mask=here)
             one = tl.load(x_ptr + t * E + at, mask=at >= 0, other=-float("inf")).to(tl.float32)
             xk = tl.where(kk[None, :] == k, one[:, None], xk)
-        q, _ = _weigh(xk, total, m, FUNC, NORM)
+        q, slope_k = _weigh(xk, total, m, FUNC, NORM)
         tl.store(p_ptr + t[:, None] * K + kk[None, :], q * scaling, mask=here[:, None] & (kk < K)[None, :])
         tl.store(lse_ptr + t, tl.where(live, m + tl.log(total), 0.0), mask=here)
     out = (chunk * S + of).to(tl.int64) * E + e
@@ -297,19 +297,19 @@ def _acc(logits: Tensor) -> torch.dtype:
 def _outputs(logits: Tensor, K: int, sequences: int) -> tuple[Tensor, ...]:
     (T, E), acc = logits.shape, _acc(logits)
     new = lambda shape, dtype: logits.new_empty(shape, dtype=dtype)  # noqa: E731
-    return (new((T, K), torch.int32), new((T, K), acc), new((sequences, E), acc), new((T,), acc), new((sequences, E), torch.int32))
+    return new((T, K), acc), new((sequences, E), acc), new((T,), acc), new((T, K), torch.int32), new((sequences, E), torch.int32)
 
 
 def _tokens(columns: int) -> int:
-    return max(1, min(64, 2048 // columns))                           # of a tile: 16 elements a thread, whatever T is
+    return max(1, min(64, 1024 // columns))                           # of a tile: 8 elements a thread, whatever T is; 16 spill
 
 
 def _launch_fwd(logits: Tensor, bias: Tensor | None, valid: Tensor | None, given: Tensor | None, K: int, func: int, norm: bool,
                 by_score: bool, groups: int, group_topk: int, group_best: int, scaling: float, S: int) -> tuple[Tensor, ...]:
     (T, E), pow2 = logits.shape, triton.next_power_of_2
-    ids, probs, sums, lse, counts = _outputs(logits, K, S)
+    probs, sums, lse, ids, counts = _outputs(logits, K, S)
     if not T:
-        return ids, probs, sums.zero_(), lse, counts.zero_()
+        return probs, sums.zero_(), lse, ids, counts.zero_()
     size, gp, sp = E // groups, pow2(groups), pow2(E // groups)
     whole = groups == 1 or sp == size                                 # columns are experts
     R = _tokens(gp * sp)
@@ -321,7 +321,7 @@ def _launch_fwd(logits: Tensor, bias: Tensor | None, valid: Tensor | None, given
                              func, norm, by_score, group_topk, group_best, sp if whole else size, gp, sp, R, num_warps=4)
     if chunks > 1:
         _sum_kernel[(triton.cdiv(S * E, 32),)](part, counted, sums, counts, chunks, S * E, 64, 32, num_warps=4)
-    return ids, probs, sums, lse, counts
+    return probs, sums, lse, ids, counts
 
 
 def _launch_bwd(dprobs: Tensor | None, dsums: Tensor | None, dlse: Tensor | None, logits: Tensor, ids: Tensor, valid: Tensor | None,
@@ -347,14 +347,14 @@ define("router_bwd(Tensor? dprobs, Tensor? dsums, Tensor? dlse, Tensor logits, T
 
 def _setup(ctx, inputs, output):
     logits, _, valid, _, _, func, norm, *_, scaling, sequences = inputs
-    ids, counts = output[0], output[4]
+    *_, ids, counts = output
     ctx.mark_non_differentiable(ids, counts)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, ids, valid)
     ctx.args = func, norm, scaling, sequences
 
 
-def _backward(ctx, _ids, *grads):
+def _backward(ctx, *grads):
     dprobs, dsums, dlse = (None if g is None else g.contiguous() for g in grads[:3])
     dlogits = None
     if any(g is not None for g in (dprobs, dsums, dlse)):
@@ -441,7 +441,8 @@ def router(logits: Tensor, topk: int, *, score_function: str = "softmax", pre_so
     """
     args = _arguments(logits, topk, score_function, pre_softmax, norm_topk_prob, expert_bias, num_groups, group_topk, group_score,
                       scaling_factor, sequences, valid, ids)
-    return Routing(*(_router if fused(*(t for t in args[:4] if t is not None)) else _router_ref)(*args))
+    probs, sums, lse, chosen, counts = (_router if fused(*(t for t in args[:4] if t is not None)) else _router_ref)(*args)
+    return Routing(chosen, probs, sums, lse, counts)
 
 
 def router_ref(logits: Tensor, topk: int, *, score_function: str = "softmax", pre_softmax: bool = False,
@@ -449,8 +450,10 @@ def router_ref(logits: Tensor, topk: int, *, score_function: str = "softmax", pr
                group_topk: int | None = None, group_score: int | None = None, scaling_factor: float = 1.0, sequences: int = 1,
                valid: Tensor | None = None, ids: Tensor | None = None) -> Routing:
     """`router` in torch operations."""
-    return Routing(*_router_ref(*_arguments(logits, topk, score_function, pre_softmax, norm_topk_prob, expert_bias, num_groups, group_topk,
-                                            group_score, scaling_factor, sequences, valid, ids)))
+    probs, sums, lse, chosen, counts = _router_ref(*_arguments(
+        logits, topk, score_function, pre_softmax, norm_topk_prob, expert_bias, num_groups, group_topk, group_score, scaling_factor,
+        sequences, valid, ids))
+    return Routing(chosen, probs, sums, lse, counts)
 
 
 def aux_loss(score_sums: Tensor, counts: Tensor, topk: int, coeff: float, *, per_sequence: bool = False,

@@ -31,20 +31,47 @@ template <class A> inline key_t<A> ordered(A v) {
   return v != v ? top : bits ^ ((bits >> (8 * sizeof(A) - 1)) & top);
 }
 
-// The first place of the largest key, which is struck out.
-template <class Key> inline int64_t take(Key* key, int64_t n) {
-  Key top = std::numeric_limits<Key>::min();
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < n; i++) top = key[i] > top ? key[i] : top;
-  Key at = static_cast<Key>(n - 1);
-#pragma omp simd reduction(min : at)
-  for (Key i = 0; i < static_cast<Key>(n); i++) {
-    const Key here = key[i] == top ? i : static_cast<Key>(n - 1);
-    at = here < at ? here : at;
+// Vectors of keys. The work per choice is a chain of dependent steps: left to the compiler's loops it takes 3 times as long.
+template <class Key> struct Lanes {
+  typedef Key V __attribute__((vector_size(64)));
+  static constexpr int64_t N = 64 / sizeof(Key);
+  static V load(const Key* p) {
+    V v;
+    std::memcpy(&v, p, 64);
+    return v;
   }
-  key[at] = std::numeric_limits<Key>::min();
-  return at;
+  static V iota() {
+    V v;
+    for (int64_t i = 0; i < N; i++) v[i] = static_cast<Key>(i);
+    return v;
+  }
+  template <class Better> static Key reduce(V v, const Better& better) {
+    for (int64_t width = N / 2; width; width /= 2) {
+      const V other = __builtin_shuffle(v, iota() ^ static_cast<Key>(width));
+      v = better(other, v) ? other : v;
+    }
+    return v[0];
+  }
+};
+
+// The first place of the largest of n keys, whole vectors of them; it is struck out.
+template <class Key> inline int64_t take(Key* key, int64_t n) {
+  using L = Lanes<Key>;
+  auto now = L::iota(), at = now, top = L::load(key);
+  for (int64_t i = L::N; i < n; i += L::N) {
+    const auto k = L::load(key + i);
+    now += static_cast<Key>(L::N);
+    at = k > top ? now : at;
+    top = k > top ? k : top;
+  }
+  const Key best = L::reduce(top, [](auto a, auto b) { return a > b; });
+  at = top == best ? at : std::numeric_limits<Key>::max() - (at ^ at);
+  const Key first = L::reduce(at, [](auto a, auto b) { return a < b; });
+  key[first] = std::numeric_limits<Key>::min();
+  return first;
 }
+
+inline int64_t padded(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
 
 // log(1 + z), 0 <= z <= 1: 2 atanh(z / (2 + z)), the series cut below half an ulp
 inline float log1p_(float z) {
@@ -54,11 +81,15 @@ inline float log1p_(float z) {
 inline double log1p_(double z) { return std::log1p(z); }
 
 // An independent score and its slope.
-template <int F, class A> inline std::pair<A, A> unit(A x) {
-  const A z = exp_(-std::abs(x)), over = A(1) / (A(1) + z), s = x >= 0 ? over : z * over;
-  if constexpr (F == SIGMOID) return {x != x ? x : s, z * over * over};
-  const A root = std::sqrt((x < 0 ? A(0) : x) + log1p_(z));
-  return {root, root == 0 ? A(0) : s / (2 * root)};
+template <int F, class A> inline void unit(A x, A& s, A& slope) {
+  const A z = exp_(x < 0 ? x : -x), over = A(1) / (A(1) + z);
+  s = x < 0 ? z * over : over;
+  slope = z * over * over;
+  if constexpr (F == SQRTSOFTPLUS) {
+    const A root = std::sqrt((x < 0 ? A(0) : x) + log1p_(z));
+    slope = root > 0 ? s / (2 * root) : root;
+    s = root;
+  }
 }
 
 template <class A> struct Soft { A m, total; };
@@ -86,48 +117,57 @@ template <class T> inline void load(const T* l, acc_t<T>* x, int64_t E) {
   for (int64_t i = 0; i < E; i++) x[i] = up(l[i]);
 }
 
-// q and ds/dx over the divisor, of the K chosen logits; -inf where there is none.
-template <int F, class A> inline void weigh(const A* xk, Soft<A> soft, bool norm, int64_t K, A* q, A* slope) {
+// q and ds/dx over the divisor, of chosen logits; -inf where there is none. n: K, padded
+template <int F, class A> inline void weigh(const A* xk, Soft<A> soft, bool norm, int64_t n, A* q, A* slope) {
   if constexpr (F == SOFTMAX) {
-    if (norm) soft = softmax(xk, q, K);
-    else
-      for (int64_t k = 0; k < K; k++) q[k] = exp_(xk[k] - soft.m);
-    for (int64_t k = 0; k < K; k++) slope[k] = q[k] = xk[k] == -INF<A> ? A(0) : q[k] / soft.total;
+    if (norm) {
+      soft = softmax(xk, q, n);
+    } else {
+#pragma omp simd
+      for (int64_t k = 0; k < n; k++) q[k] = exp_(xk[k] - soft.m);
+    }
+    const A over = A(1) / soft.total;
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) slope[k] = q[k] = xk[k] == -INF<A> ? A(0) : q[k] * over;
   } else {
-    for (int64_t k = 0; k < K; k++) std::tie(q[k], slope[k]) = unit<F>(xk[k]);
-    const A over = norm ? A(1) / (sum(q, K) + A(TINY)) : A(1);
-    for (int64_t k = 0; k < K; k++) q[k] *= over, slope[k] *= over;
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) unit<F>(xk[k], q[k], slope[k]);
+    const A over = norm ? A(1) / (sum(q, n) + A(TINY)) : A(1);
+    for (int64_t k = 0; k < n; k++) q[k] *= over, slope[k] *= over;
   }
 }
 
 // key = LOW outside the groups whose group_best largest v sum to most
 template <class A> inline void keep_groups(const A* v, key_t<A>* key, int64_t E, const Options& o, key_t<A>* members, key_t<A>* score) {
   const int64_t size = E / o.groups;
+  std::fill_n(members, padded(size), LOW<A>);
   for (int64_t g = 0; g < o.groups; g++) {
     std::copy_n(key + g * size, size, members);
     A total = 0;
-    for (int64_t i = 0; i < o.group_best; i++) total += v[g * size + take(members, size)];
+    for (int64_t i = 0; i < o.group_best; i++) total += v[g * size + take(members, padded(size))];
     score[g] = ordered(total);
   }
-  for (int64_t i = 0; i < o.group_topk; i++) take(score, o.groups);
+  std::fill(score + o.groups, score + padded(o.groups), LOW<A>);
+  for (int64_t i = 0; i < o.group_topk; i++) take(score, padded(o.groups));
   for (int64_t g = 0; g < o.groups; g++)
     if (score[g] != LOW<A>) std::fill_n(key + g * size, size, LOW<A>);
 }
 
 // What one thread needs for a token.
 template <class A> struct Scratch {
-  std::vector<A> x, e, s, d, xk, q, slope;
+  std::vector<A> x, e, s, d, slope, xk, q, slope_k;
   std::vector<key_t<A>> key, members, score;
-  Scratch(int64_t P, int64_t K, int64_t groups)
-      : x(P, -INF<A>), e(P), s(P), d(P), xk(K), q(K), slope(K), key(P), members(P), score(groups) {}
+  Scratch(int64_t E, int64_t K, int64_t groups)
+      : x(padded(E), -INF<A>), e(x), s(x), d(x), slope(x), xk(padded(K), -INF<A>), q(xk), slope_k(xk), key(padded(E)), members(key),
+        score(padded(groups)) {}
 };
 
 template <int F, class T> void fwd_tokens(int64_t begin, int64_t end, int64_t E, const T* logits, const acc_t<T>* bias, const bool* valid,
                                           const int32_t* given, const Options& o, int32_t* ids, acc_t<T>* probs, acc_t<T>* lse,
                                           acc_t<T>* sums, int32_t* counts) {
   using A = acc_t<T>;
-  const int64_t P = (E + PAD - 1) / PAD * PAD, K = o.K;
-  Scratch<A> w(P, K, o.groups);
+  const int64_t P = padded(E), K = o.K;
+  Scratch<A> w(E, K, o.groups);
   A *x = w.x.data(), *e = w.e.data(), *s = w.s.data(), *xk = w.xk.data();
   for (int64_t t = begin; t < end; t++) {
     const T* l = logits + t * E;
@@ -148,7 +188,10 @@ template <int F, class T> void fwd_tokens(int64_t begin, int64_t end, int64_t E,
       for (int64_t i = 0; i < P; i++) s[i] = e[i] * over;
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < P; i++) s[i] = unit<F>(x[i]).first;
+      for (int64_t i = 0; i < P; i++) {
+        A slope;
+        unit<F>(x[i], s[i], slope);
+      }
     }
     const A over = F == SOFTMAX ? A(1) : A(1) / (sum(s, P) + A(TINY));
 #pragma omp simd
@@ -175,7 +218,7 @@ template <int F, class T> void fwd_tokens(int64_t begin, int64_t end, int64_t E,
       if (on) count[id[k]]++;
       else id[k] = -1;
     }
-    weigh<F>(xk, soft, o.norm, K, w.q.data(), w.slope.data());
+    weigh<F>(xk, soft, o.norm, padded(K), w.q.data(), w.slope_k.data());
     for (int64_t k = 0; k < K; k++) probs[t * K + k] = w.q[k] * static_cast<A>(o.scaling);
   }
 }
@@ -194,9 +237,9 @@ Outputs fwd(Tensor logits, std::optional<Tensor> bias, std::optional<Tensor> val
   const int64_t T_ = logits.size(0), E = logits.size(1), N = sequences * E;
   const ScalarType acc = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const auto fresh = [&](std::initializer_list<int64_t> size, ScalarType type) { return torch::stable::new_empty(logits, size, type); };
-  Outputs result{fresh({T_, K}, ScalarType::Int), fresh({T_, K}, acc), fresh({sequences, E}, acc), fresh({T_}, acc),
+  Outputs result{fresh({T_, K}, acc), fresh({sequences, E}, acc), fresh({T_}, acc), fresh({T_, K}, ScalarType::Int),
                  fresh({sequences, E}, ScalarType::Int)};
-  auto& [ids, probs, sums, lse, counts] = result;
+  auto& [probs, sums, lse, ids, counts] = result;
   const Options o{K, groups, group_topk, group_best, sequences, norm, by_score, scaling};
   const int64_t step = std::max(CHUNK, sequences), chunks = (T_ + step - 1) / step;
   dispatch(logits, "router", [&]<class T>(T) {
@@ -228,11 +271,10 @@ template <class A> struct Grads { const A *probs, *sums, *lse; };
 template <int F, class T> void bwd_tokens(int64_t begin, int64_t end, int64_t E, const Grads<acc_t<T>>& g, const T* logits,
                                           const int32_t* ids, const bool* valid, const Options& o, T* dlogits) {
   using A = acc_t<T>;
-  const int64_t P = (E + PAD - 1) / PAD * PAD, K = o.K;
-  Scratch<A> w(P, K, 0);
-  std::vector<A> dq_(K), slope_(P);
-  A *x = w.x.data(), *e = w.e.data(), *s = w.s.data(), *d = w.d.data(), *xk = w.xk.data(), *q = w.q.data(), *dq = dq_.data();
-  A* slope = slope_.data();
+  const int64_t P = padded(E), K = o.K;
+  Scratch<A> w(E, K, 0);
+  std::vector<A> dq(K);
+  A *x = w.x.data(), *e = w.e.data(), *s = w.s.data(), *d = w.d.data(), *slope = w.slope.data(), *xk = w.xk.data(), *q = w.q.data();
   for (int64_t t = begin; t < end; t++) {
     T* out = dlogits + t * E;
     if (valid && !valid[t]) {
@@ -249,7 +291,7 @@ template <int F, class T> void bwd_tokens(int64_t begin, int64_t end, int64_t E,
         xk[k] = id[k] >= 0 ? x[id[k]] : -INF<A>;
         dq[k] = id[k] >= 0 ? g.probs[t * K + k] * static_cast<A>(o.scaling) : A(0);
       }
-      weigh<F>(xk, soft, o.norm, K, q, w.slope.data());
+      weigh<F>(xk, soft, o.norm, padded(K), q, w.slope_k.data());
       for (int64_t k = 0; k < K; k++) mean += q[k] * dq[k];
       if (F == SOFTMAX && !o.norm) dense -= mean;
     }
@@ -271,7 +313,7 @@ template <int F, class T> void bwd_tokens(int64_t begin, int64_t end, int64_t E,
       if (D) {
         A dot = 0;
 #pragma omp simd
-        for (int64_t i = 0; i < P; i++) std::tie(s[i], slope[i]) = unit<F>(x[i]);
+        for (int64_t i = 0; i < P; i++) unit<F>(x[i], s[i], slope[i]);
 #pragma omp simd reduction(+ : dot)
         for (int64_t i = 0; i < E; i++) dot += s[i] * D[i];
         const A over = A(1) / (sum(s, P) + A(TINY));
@@ -288,7 +330,7 @@ template <int F, class T> void bwd_tokens(int64_t begin, int64_t end, int64_t E,
       }
     }
     for (int64_t k = 0; g.probs && k < K; k++)
-      if (id[k] >= 0) d[id[k]] += w.slope[k] * (o.norm ? dq[k] - mean : dq[k]);
+      if (id[k] >= 0) d[id[k]] += w.slope_k[k] * (o.norm ? dq[k] - mean : dq[k]);
 #pragma omp simd
     for (int64_t i = 0; i < E; i++) out[i] = down<T>(d[i]);
   }
