@@ -28,12 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.comm import all_gather, all_reduce, heap_of, reduce_scatter
+from .layout import ALIGN, bucketing
 from .mesh import Axis, Mesh
 from .sharding import gradient_axis
-
-ALIGN = 16                                                            # numbers: a cache line in fp32, where every parameter starts
-BUCKET_SIZE = 1 << 20                                                 # numbers at least: 4 MB in fp32 were as fast as 1 MB, 16 MB slower
-BUCKETS = 64                                                          # at most, by default: what is left when the backward ends is 1/64
 
 
 @dataclass(eq=False)
@@ -58,15 +55,14 @@ class Buffer:
     def __init__(self, params: list[nn.Parameter], axis: Axis, scale: float, bucket_size: int | None, sharded: bool):
         self.params, self.axis, self.scale, self.shards = params, axis, scale, axis.size if sharded else 1
         self.start: dict[nn.Parameter, int] = {}
-        at, unit = 0, ALIGN * axis.size
+        at = 0
         for p in params:
             self.start[p] = at
             at += -(-p.numel() // ALIGN) * ALIGN
-        self.numel = -(-at // unit) * unit                            # whole, equal parts for all ranks: the tail is zero
+        self.numel, size = bucketing(at, axis.size, bucket_size)      # its tail is zero
         one = params[0]
         self.weights = torch.zeros(self.numel, dtype=one.dtype, device=one.device)
         self.grads = torch.zeros(self.numel, dtype=torch.promote_types(one.dtype, torch.float32), device=one.device)
-        size = max(1, (bucket_size or max(BUCKET_SIZE, self.numel // BUCKETS)) // unit) * unit
         self.buckets = [Bucket(self, i, min(i + size, self.numel)) for i in range(0, self.numel, size)]
         for p in params:
             first, last = self.start[p], self.start[p] + p.numel()
@@ -150,7 +146,7 @@ class DistributedDataParallel(nn.Module):
 
     Args:
         module: every parameter on its device, the same weights on all ranks of an axis. mesh: default one process.
-        bucket_size: numbers (not bytes) in a bucket, as Megatron's --ddp-bucket-size; None: a 64th of them, at least BUCKET_SIZE.
+        bucket_size: numbers (not bytes) in a bucket, as Megatron's --ddp-bucket-size; None: 1/64 of them, 2**20 at least.
         use_distributed_optimizer: ZeRO-1. After finish() only `parts(p)` of main_grad hold the mean; models/optimizer.py steps them.
     Raises (from backward or finish): RuntimeError for a second backward after the reduction began; what the collectives raise.
     """
