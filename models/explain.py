@@ -169,7 +169,7 @@ def memory(config: Config, layout: Layout, vocab_size: int) -> dict[str, int]:
     m, item = config.model, ITEMSIZE[config.trainer.precision]
     n, wide = bucketing(parameters(m, vocab_size, layout.tp), layout.dp, None)[0], max(4, item)
     logits = m.seq_length * m.micro_batch_size * vocabulary_rows(m, vocab_size, layout.tp)
-    need = {"weights": n * item, "gradients": n * wide, "optimizer": n // _shards(config, layout) * (2 * wide + (wide if item < wide else 0)),
+    need = {"weights": n * item, "gradients": n * wide, "optimizer": n // _shards(config, layout) * wide * (3 if item < wide else 2),
             "activations": activations(m, layout, item), "logits and their gradient": 2 * logits * item}
     if axes := sum(size > 1 for size in (layout.tp, layout.dp)):
         need["shared memory for collectives (CPU)"] = axes * HEAP

@@ -159,15 +159,15 @@ class DistributedDataParallel(nn.Module):
         alike: dict[tuple, list[nn.Parameter]] = {}
         for p in order:
             alike.setdefault((gradient_axis(p, self.mesh), p.dtype, p.device), []).append(p)
-        self.buffers = [Buffer(params, axis, scale, bucket_size, self.sharded) for ((axis, scale), *_), params in alike.items()]
-        self.buffer_of = {p: buffer for buffer in self.buffers for p in buffer.params}
+        self.grad_buffers = [Buffer(params, axis, scale, bucket_size, self.sharded) for ((axis, scale), *_), params in alike.items()]
+        self.buffer_of = {p: buffer for buffer in self.grad_buffers for p in buffer.params}
         last = {p: i for i, p in enumerate(order)}
-        self.buckets = sorted((b for f in self.buffers for b in f.buckets), key=lambda b: last[b.params[-1]])
+        self.buckets = sorted((b for f in self.grad_buffers for b in f.buckets), key=lambda b: last[b.params[-1]])
         self.sync, self.started, self.done = True, 0, False           # buckets begun this step; whether finish() ran
         self.seen: set[nn.Parameter] = set()                          # have a gradient this step
         self.worker: _Worker | None = None
-        self.stream = next((torch.cuda.Stream(f.grads.device) for f in self.buffers if f.grads.is_cuda and f.axis.size > 1), None)
-        for buffer in self.buffers:
+        self.stream = next((torch.cuda.Stream(f.grads.device) for f in self.grad_buffers if f.grads.is_cuda and f.axis.size > 1), None)
+        for buffer in self.grad_buffers:
             if buffer.axis.size > 1 and buffer.grads.is_cpu:
                 assert buffer.axis.group is not None
                 heap_of(buffer.axis.group)                            # made here, together, and not by the thread

@@ -155,8 +155,8 @@ def _dp(rank, dp, precision, zero1, bucket):
         sizes[row.op] += row.bytes
     assert seen.calls == calls and seen.bytes == pytest.approx(dict(sizes), rel=1e-12)
     need, own = memory(cfg, Layout(dp), m.vocab_size), [t for own in optimizer.own.values() for t in own.values()]
-    assert nbytes(list(m for m in optimizer.ddp.parameters())) == need["weights"]
-    assert nbytes([f.grads for f in optimizer.ddp.buffers]) == need["gradients"]
+    assert nbytes(list(optimizer.ddp.parameters())) == need["weights"]
+    assert nbytes([f.grads for f in optimizer.ddp.grad_buffers]) == need["gradients"]
     assert nbytes(own) == nbytes([t for per in optimizer.adamw.state.values() for t in per.values() if t.dim()]
                                  + [t for kind in optimizer.own.values() for t in kind.values()]) == need["optimizer"]
     assert 2 * heap_of(optimizer.ddp.mesh.dp.group).nbytes == HEAP == need["shared memory for collectives (CPU)"]
