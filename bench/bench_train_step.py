@@ -6,7 +6,7 @@ first step's loss and gradient norm against one process in float64; repeatable: 
 """
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,7 @@ def _torch_gpt(s: dict[str, int]) -> TorchGPT:
     return model
 
 
-def _adamw(sets: list[list[Tensor]]) -> torch.optim.AdamW:
+def _adamw(sets: Sequence[Sequence[Tensor]]) -> torch.optim.AdamW:
     return torch.optim.AdamW([{"params": part} for part in sets], lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps,
                              weight_decay=OPTIM.weight_decay)
 

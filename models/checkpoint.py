@@ -265,7 +265,7 @@ def _moments(f: Files, places: Places, optimizer: Optimizer) -> None:
     for kind in optimizer.kinds():
         for p, rows in places.items():
             if kind in optimizer.own[optimizer.ddp.buffer_of[p]]:
-                whole = torch.zeros_like(p.main_grad)
+                whole = torch.zeros_like(p.main_grad)  # type: ignore[attr-defined]
                 _read(f, f"{kind}.", rows, whole)
                 optimizer.set_state(kind, p, whole)
 

@@ -5,9 +5,10 @@ a model's tensors, bytes on the axis against the collectives that a step calls, 
 """
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from ..parallel.layout import Layout
+from ..parallel.layout import Layout, bucketing
 from ..parallel.mesh import rank_table
 from .config import Config, ModelConfig
 
@@ -101,10 +102,28 @@ def tp_traffic(config: Config, layout: Layout) -> list[Traffic]:
             add("layers, forward again", "all-reduce", 2 * L * micro, hidden)
         add("layers, backward", "all-reduce", 2 * L * micro, hidden)
     add("cross entropy: 3 numbers a token", "all-gather", micro, t * tokens * 3 * stat)
-    if summed := _summed(m, layout):
-        add("gradients that ranks hold in parts", "all-reduce", 1, summed * stat)
+    if summed := _summed(m, layout):                                  # under ZeRO-1 the mean over dp: parts are cut by place
+        add("gradients that ranks hold in parts", "all-reduce", 1, summed * stat // _shards(config, layout))
     add("gradient norm", "all-reduce", 1, 8)
     return rows
+
+
+def _shards(config: Config, layout: Layout) -> int:
+    return layout.dp if config.optim.use_distributed_optimizer else 1
+
+
+def dp_traffic(config: Config, layout: Layout, vocab_size: int) -> list[Traffic]:
+    """Once a step, whatever the number of micro-batches."""
+    n, itemsize = layout.dp, ITEMSIZE[config.trainer.precision]
+    if n == 1:
+        return []
+    whole, size = bucketing(parameters(config.model, vocab_size, layout.tp), n, config.optim.ddp_bucket_size)
+    calls, wide, once = -(-whole // size), max(4, itemsize), (n - 1) / n
+    rows = [Traffic("gradients", "all-reduce", calls, 2 * once * whole * wide)]
+    if config.optim.use_distributed_optimizer:
+        rows = [Traffic("gradients", "reduce-scatter", calls, once * whole * wide),
+                Traffic("weights after the step", "all-gather", calls, once * whole * itemsize)]
+    return [*rows, Traffic("loss", "all-reduce", 1, 2 * once * wide), Traffic("gradient norm", "all-reduce", 1, 2 * once * 8)]
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------
@@ -145,14 +164,15 @@ def _attention(m: ModelConfig, layout: Layout, itemsize: int) -> int:
 
 
 def memory(config: Config, layout: Layout, vocab_size: int) -> dict[str, int]:
-    """Bytes a rank needs. Gradients are kept in fp32 at least; AdamW has two moments, and masters of bf16 weights."""
+    """Bytes a rank needs. Gradients are kept in fp32 at least; AdamW has two moments, and masters of bf16 weights, of which a rank
+    of dp has 1/dp under ZeRO-1."""
     m, item = config.model, ITEMSIZE[config.trainer.precision]
-    n, wide = parameters(m, vocab_size, layout.tp), max(4, item)
+    n, wide = bucketing(parameters(m, vocab_size, layout.tp), layout.dp, None)[0], max(4, item)
     logits = m.seq_length * m.micro_batch_size * vocabulary_rows(m, vocab_size, layout.tp)
-    need = {"weights": n * item, "gradients": n * wide, "optimizer": n * (2 * wide + (wide if item < wide else 0)),
+    need = {"weights": n * item, "gradients": n * wide, "optimizer": n // _shards(config, layout) * wide * (3 if item < wide else 2),
             "activations": activations(m, layout, item), "logits and their gradient": 2 * logits * item}
-    if layout.tp > 1:
-        need["shared memory for collectives (CPU)"] = HEAP
+    if axes := sum(size > 1 for size in (layout.tp, layout.dp)):
+        need["shared memory for collectives (CPU)"] = axes * HEAP
     return need
 
 
@@ -196,11 +216,20 @@ def explain(config: Config, world: int, vocab_size: int | None = None) -> str:
         place = (next(g.index(r) for g in table[a] if r in g) for a in AXES)
         lines.append(f"    {r:<6}" + "".join(f"{p:>5}" for p in place))
     lines += [f"    {a:<6}" + " ".join(str(list(g)) for g in table[a]) for a in AXES]
-    traffic = tp_traffic(config, layout)
-    lines += ["", f"sent by each rank in a step, over tp: {human(sum(x.bytes for x in traffic))}"
-              + ("" if traffic else ", for there is one rank")]
-    lines += [f"    {x.cause:<40}{x.op:<16}{x.calls:>7,} x {human(x.bytes / x.calls):>10} {human(x.bytes):>12}"
-              for x in traffic]
+    for axis, traffic in (("tp", tp_traffic(config, layout)), ("dp", dp_traffic(config, layout, vocab))):
+        lines += ["", f"sent by each rank in a step, over {axis}: {human(sum(x.bytes for x in traffic))}"
+                  + ("" if traffic else ", for there is one rank")]
+        lines += [f"    {x.cause:<40}{x.op:<16}{x.calls:>7,} x {human(x.bytes / x.calls):>10} {human(x.bytes):>12}"
+                  for x in traffic]
     need = memory(config, layout, vocab)
-    lines += ["", f"memory of each rank: {human(sum(need.values()))}"]
+    lines += ["", f"memory of each rank: {human(sum(need.values()))}" + _other_zero1(config, layout, vocab)]
     return "\n".join(lines + [f"    {what:<56}{human(size):>33}" for what, size in need.items()])
+
+
+def _other_zero1(config: Config, layout: Layout, vocab: int) -> str:
+    """What ZeRO-1 would save, or saves."""
+    if layout.dp == 1:
+        return ""
+    on = config.optim.use_distributed_optimizer
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, use_distributed_optimizer=not on))
+    return f" ({human(sum(memory(other, layout, vocab).values()))} {'without' if on else 'with'} ZeRO-1, zero1={str(not on).lower()})"

@@ -41,7 +41,7 @@ class Optimizer:
         self.copies: list[tuple[Tensor, Tensor]] = []                 # (weights, their masters)
         self.runs: list[Tensor] = []
         groups: dict[bool, list[Tensor]] = {True: [], False: []}      # decayed or not
-        for buffer in ddp.buffers:
+        for buffer in ddp.grad_buffers:
             parts = [bucket.own() for bucket in buffer.buckets]
             zeros = [torch.zeros_like(buffer.grads[:buffer.numel // buffer.shards]) for _ in MOMENTS]
             own = self.own[buffer] = dict(zip(MOMENTS, zeros))
@@ -77,7 +77,7 @@ class Optimizer:
         norm = grad_norm(self.ddp.module, self.ddp.mesh, self.ddp.parts, sharded=self.ddp.sharded).item()
         if math.isfinite(norm):
             if self.cfg.clip_grad and (scale := self.cfg.clip_grad / (norm + 1e-6)) < 1:
-                torch._foreach_mul_([run.grad for run in self.runs], scale)
+                torch._foreach_mul_([run.grad for run in self.runs if run.grad is not None], scale)
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
@@ -118,7 +118,8 @@ def _runs(buffer: Buffer) -> Iterator[tuple[slice, slice, bool]]:
     """(in the buffer, in this rank's own, decayed?) of each stretch of one weight decay; the zeros between parameters go along, so
     that a rank whose part is nothing else has a run too. Norms and biases are not decayed."""
     for bucket in buffer.buckets:
-        own, cuts = bucket.own(), []
+        own = bucket.own()
+        cuts: list[tuple[int, bool]] = []
         shift = own.start - bucket.start // buffer.shards
         for p in bucket.params:
             first, decay = buffer.start[p], p.dim() > 1

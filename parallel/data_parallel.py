@@ -28,12 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.comm import all_gather, all_reduce, heap_of, reduce_scatter
+from .layout import ALIGN, bucketing
 from .mesh import Axis, Mesh
 from .sharding import gradient_axis
-
-ALIGN = 16                                                            # numbers: a cache line in fp32, where every parameter starts
-BUCKET_SIZE = 1 << 20                                                 # numbers at least: 4 MB in fp32 were as fast as 1 MB, 16 MB slower
-BUCKETS = 64                                                          # at most, by default: what is left when the backward ends is 1/64
 
 
 @dataclass(eq=False)
@@ -58,15 +55,14 @@ class Buffer:
     def __init__(self, params: list[nn.Parameter], axis: Axis, scale: float, bucket_size: int | None, sharded: bool):
         self.params, self.axis, self.scale, self.shards = params, axis, scale, axis.size if sharded else 1
         self.start: dict[nn.Parameter, int] = {}
-        at, unit = 0, ALIGN * axis.size
+        at = 0
         for p in params:
             self.start[p] = at
             at += -(-p.numel() // ALIGN) * ALIGN
-        self.numel = -(-at // unit) * unit                            # whole, equal parts for all ranks: the tail is zero
+        self.numel, size = bucketing(at, axis.size, bucket_size)      # its tail is zero
         one = params[0]
         self.weights = torch.zeros(self.numel, dtype=one.dtype, device=one.device)
         self.grads = torch.zeros(self.numel, dtype=torch.promote_types(one.dtype, torch.float32), device=one.device)
-        size = max(1, (bucket_size or max(BUCKET_SIZE, self.numel // BUCKETS)) // unit) * unit
         self.buckets = [Bucket(self, i, min(i + size, self.numel)) for i in range(0, self.numel, size)]
         for p in params:
             first, last = self.start[p], self.start[p] + p.numel()
@@ -150,7 +146,7 @@ class DistributedDataParallel(nn.Module):
 
     Args:
         module: every parameter on its device, the same weights on all ranks of an axis. mesh: default one process.
-        bucket_size: numbers (not bytes) in a bucket, as Megatron's --ddp-bucket-size; None: a 64th of them, at least BUCKET_SIZE.
+        bucket_size: numbers (not bytes) in a bucket, as Megatron's --ddp-bucket-size; None: 1/64 of them, 2**20 at least.
         use_distributed_optimizer: ZeRO-1. After finish() only `parts(p)` of main_grad hold the mean; models/optimizer.py steps them.
     Raises (from backward or finish): RuntimeError for a second backward after the reduction began; what the collectives raise.
     """
@@ -163,15 +159,15 @@ class DistributedDataParallel(nn.Module):
         alike: dict[tuple, list[nn.Parameter]] = {}
         for p in order:
             alike.setdefault((gradient_axis(p, self.mesh), p.dtype, p.device), []).append(p)
-        self.buffers = [Buffer(params, axis, scale, bucket_size, self.sharded) for ((axis, scale), *_), params in alike.items()]
-        self.buffer_of = {p: buffer for buffer in self.buffers for p in buffer.params}
+        self.grad_buffers = [Buffer(params, axis, scale, bucket_size, self.sharded) for ((axis, scale), *_), params in alike.items()]
+        self.buffer_of = {p: buffer for buffer in self.grad_buffers for p in buffer.params}
         last = {p: i for i, p in enumerate(order)}
-        self.buckets = sorted((b for f in self.buffers for b in f.buckets), key=lambda b: last[b.params[-1]])
+        self.buckets = sorted((b for f in self.grad_buffers for b in f.buckets), key=lambda b: last[b.params[-1]])
         self.sync, self.started, self.done = True, 0, False           # buckets begun this step; whether finish() ran
         self.seen: set[nn.Parameter] = set()                          # have a gradient this step
         self.worker: _Worker | None = None
-        self.stream = next((torch.cuda.Stream(f.grads.device) for f in self.buffers if f.grads.is_cuda and f.axis.size > 1), None)
-        for buffer in self.buffers:
+        self.stream = next((torch.cuda.Stream(f.grads.device) for f in self.grad_buffers if f.grads.is_cuda and f.axis.size > 1), None)
+        for buffer in self.grad_buffers:
             if buffer.axis.size > 1 and buffer.grads.is_cpu:
                 assert buffer.axis.group is not None
                 heap_of(buffer.axis.group)                            # made here, together, and not by the thread

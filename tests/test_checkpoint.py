@@ -37,7 +37,7 @@ def steps(cfg, opt, first, last):
 def _save(rank, world, out, tp, sp, zero1):
     cfg = config(GQA, tp, sp, use_distributed_optimizer=zero1)
     mesh = mesh_of(cfg, world)
-    model, opt = build(cfg, mesh)
+    _, opt = build(cfg, mesh)
     losses = steps(cfg, opt, 0, 3)
     checkpoint.save(out, cfg, opt, step=3, samples=12, vocab_size=41)
     after = steps(cfg, opt, 3, 5)
@@ -146,7 +146,7 @@ def test_a_failed_save_leaves_the_last_one(saved, monkeypatch):
 
 
 def test_old_ones_go(saved):
-    out, cfg, model, opt = saved
+    out, cfg, _, opt = saved
     for step in (3, 4, 5):
         checkpoint.save(out, cfg, opt, step=step, samples=0, vocab_size=41)
     assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == [f"step-{s:08d}" for s in (3, 4, 5)]

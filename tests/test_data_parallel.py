@@ -56,13 +56,14 @@ def test_buckets_cover_every_number_once_and_last_layers_come_first(bucket_size)
     model = mlp()
     want = [p.detach().clone() for p in model.parameters()]
     ddp = DistributedDataParallel(model, bucket_size=bucket_size)
-    (buffer,), trained = ddp.buffers, [p for p in model.parameters() if p.requires_grad]
+    (buffer,), trained = ddp.grad_buffers, [p for p in model.parameters() if p.requires_grad]
     assert [b.start for b in buffer.buckets] == [0, *(b.stop for b in buffer.buckets[:-1])] and buffer.buckets[-1].stop == buffer.numel
     assert list(map(id, buffer.params)) == list(map(id, trained[::-1])) and all(buffer.start[p] % ALIGN == 0 for p in trained)
     for p, w in zip(model.parameters(), want):
         assert torch.equal(p, w)
     for p in trained:
-        assert p.data_ptr() == buffer.weights[buffer.start[p]:].data_ptr() and p.main_grad.data_ptr() == buffer.grads[buffer.start[p]:].data_ptr()
+        assert p.data_ptr() == buffer.weights[buffer.start[p]:].data_ptr()
+        assert p.main_grad.data_ptr() == buffer.grads[buffer.start[p]:].data_ptr()
         assert [b for b in buffer.buckets if any(p is q for q in b.params)] == buffer.reaches(p)
         assert sum(part.numel() for _, part in ddp.parts(p)) == p.numel()
     assert list(ddp.parts(model[2].weight)) == []
@@ -149,7 +150,7 @@ def _reduces(rank, heap, sharded):
             for at, part in ddp.parts(p):
                 torch.testing.assert_close(part, q.grad.view(-1)[at:at + part.numel()], rtol=1e-13, atol=1e-13)
         held = sum(part.numel() for p in model.parameters() for _, part in ddp.parts(p))
-        assert held == (trained := sum(p.numel() for p in ddp.buffer_of)) or sharded and 0 < held < trained
+        assert held == (trained := sum(p.numel() for p in ddp.buffer_of)) or (sharded and 0 < held < trained)
         ddp.zero_grad()
 
 
@@ -262,7 +263,7 @@ def _expert(rank, world, tp, ep, zero1, plant=False):
         assert abs(many.step(0.1) / one.step(0.1) - 1) < 1e-14, "clip norm"
         torch.testing.assert_close(toy.experts, toy.experts.pieces[0].of(true.experts), rtol=1e-12, atol=0)
         torch.testing.assert_close(toy.dense, true.dense, rtol=1e-12, atol=0)
-    assert {buffer.axis.name for buffer in ddp.buffers} == {"dp", "edp"}
+    assert {buffer.axis.name for buffer in ddp.grad_buffers} == {"dp", "edp"}
 
 
 @pytest.mark.parametrize("zero1", [False, True], ids=["", "zero1"])

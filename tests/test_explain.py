@@ -1,4 +1,5 @@
 """Every number that `explain` prints against a real run: a model's tensors, a step's collectives, autograd's memory."""
+import dataclasses
 import functools
 import itertools
 import sys
@@ -10,7 +11,7 @@ from ranks import run
 
 from interlace.kernels.comm import collectives, heap_of
 from interlace.models.config import Config, ModelConfig, OptimConfig, TrainerConfig
-from interlace.models.explain import HEAP, activations, explain, human, memory, parameters, tp_traffic
+from interlace.models.explain import HEAP, activations, dp_traffic, explain, human, memory, parameters, tp_traffic
 from interlace.models.gpt import GPT
 from interlace.models.optimizer import Optimizer
 from interlace.models.train import DTYPES, forward_backward
@@ -129,8 +130,46 @@ def test_traffic_of_other_types(precision):
     run(4, _traffic, config(MODELS["gqa"], 4, False, False, precision))
 
 
+def data_parallel(options, precision, zero1, bucket=None):
+    cfg = config({**options, "global_batch_size": 24}, 1, precision=precision)
+    return dataclasses.replace(cfg, optim=OptimConfig(use_distributed_optimizer=zero1, ddp_bucket_size=bucket))
+
+
+def build_data_parallel(cfg, dp):
+    mesh = _meshes.setdefault(("dp", dp), None) or Mesh.build(Layout(dp))
+    _meshes["dp", dp] = mesh
+    model = GPT(cfg.model, mesh, vocab_size=cfg.model.vocab_size, dtype=DTYPES[cfg.trainer.precision])
+    return Optimizer(DistributedDataParallel(model, mesh, bucket_size=cfg.optim.ddp_bucket_size,
+                                             use_distributed_optimizer=cfg.optim.use_distributed_optimizer), cfg.optim)
+
+
+def _dp(rank, dp, precision, zero1, bucket):
+    cfg = data_parallel({}, precision, zero1, bucket)
+    m, optimizer = cfg.model, build_data_parallel(cfg, dp)
+    with Counted(dp) as seen:
+        forward_backward(optimizer.ddp, RandomTokens(m.vocab_size, m.seq_length, 0), 0, m)
+        optimizer.step(1e-3)
+    calls, sizes = Counter(), Counter()
+    for row in dp_traffic(cfg, Layout(dp), m.vocab_size):
+        calls[row.op] += row.calls
+        sizes[row.op] += row.bytes
+    assert seen.calls == calls and seen.bytes == pytest.approx(dict(sizes), rel=1e-12)
+    need, own = memory(cfg, Layout(dp), m.vocab_size), [t for own in optimizer.own.values() for t in own.values()]
+    assert nbytes(list(optimizer.ddp.parameters())) == need["weights"]
+    assert nbytes([f.grads for f in optimizer.ddp.grad_buffers]) == need["gradients"]
+    assert nbytes(own) == nbytes([t for per in optimizer.adamw.state.values() for t in per.values() if t.dim()]
+                                 + [t for kind in optimizer.own.values() for t in kind.values()]) == need["optimizer"]
+    assert 2 * heap_of(optimizer.ddp.mesh.dp.group).nbytes == HEAP == need["shared memory for collectives (CPU)"]
+
+
+@pytest.mark.parametrize("dp, precision, zero1, bucket", [
+    (2, "fp32", False, None), (2, "bf16", True, 5000), (4, "float64", True, None), (3, "bf16", False, 700)])
+def test_traffic_and_memory_of_data_parallelism(dp, precision, zero1, bucket):
+    run(dp, _dp, dp, precision, zero1, bucket)
+
+
 def test_one_rank_sends_nothing():
-    assert tp_traffic(config({}), Layout()) == []
+    assert tp_traffic(config({}), Layout()) == dp_traffic(config({}), Layout(), 45) == []
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------
@@ -252,6 +291,17 @@ def test_text_of_one_rank():
 def test_vocabulary_of_the_tokenizer_comes_first():
     cfg = config({"vocab_size": None})
     assert "vocabulary 1,000," not in explain(cfg, 1) and "vocabulary 1,000\n" in explain(cfg, 1, vocab_size=1000)
+
+
+def test_text_of_data_parallelism():
+    on, off = (explain(data_parallel({}, "bf16", zero1), 4).splitlines() for zero1 in (True, False))
+    need = [human(sum(memory(data_parallel({}, "bf16", zero1), Layout(4), 45).values())) for zero1 in (True, False)]
+    assert f"memory of each rank: {need[0]} ({need[1]} without ZeRO-1, zero1=false)" in on
+    assert f"memory of each rank: {need[1]} ({need[0]} with ZeRO-1, zero1=true)" in off
+    for lines, zero1 in ((on, True), (off, False)):
+        rows = dp_traffic(data_parallel({}, "bf16", zero1), Layout(4), 45)
+        assert f"sent by each rank in a step, over dp: {human(sum(row.bytes for row in rows))}" in lines
+        assert all(any(row.cause in x and row.op in x and x.endswith(human(row.bytes)) for x in lines) for row in rows)
 
 
 def test_a_wrong_layout_is_not_explained():

@@ -48,23 +48,24 @@ def test_learns_and_writes_what_it_says(tmp_path, text):
 def test_layouts_give_one_curve(tmp_path, text):
     common = [*TINY, *text, "trainer.max_steps=4", "trainer.precision=float64", "model.hidden_dropout=0.1"]
     losses = {}
-    for name, tp, sp in (("one", 1, "false"), ("tp2", 2, "false"), ("tp2sp", 2, "true")):
-        run(tp, _train, [*common, f"tp={tp}", f"sp={sp}"], tmp_path / name)
+    for name, world, layout in (("one", 1, []), ("tp2", 2, ["tp=2"]), ("tp2sp", 2, ["tp=2", "sp=true"]), ("dp2", 2, ["zero1=true"])):
+        run(world, _train, [*common, *layout], tmp_path / name)
         losses[name] = [(r["loss"], r["grad_norm"]) for r in rows(tmp_path / name)]
-    for name in ("tp2", "tp2sp"):
+    for name in ("tp2", "tp2sp", "dp2"):
         torch.testing.assert_close(torch.tensor(losses[name], dtype=torch.float64), torch.tensor(losses["one"], dtype=torch.float64),
                                    rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("tp, precision", [(1, "fp32"), (2, "fp32"), (2, "bf16")])
-def test_resume_is_exact(tmp_path, text, tp, precision):
-    common = [*TINY, *text, f"tp={tp}", "sp=true", f"trainer.precision={precision}", "optim.sched.decay_steps=8",
-              "model.hidden_dropout=0.1"]
-    run(tp, _train, [*common, "trainer.max_steps=8"], tmp_path / "whole")
-    run(tp, _train, [*common, "trainer.max_steps=5"], tmp_path / "two")
+@pytest.mark.parametrize("world, layout, precision", [
+    (1, [], "fp32"), (2, ["tp=2", "sp=true"], "fp32"), (2, ["tp=2", "sp=true"], "bf16"), (2, [], "bf16"), (2, ["zero1=true"], "bf16"),
+    (2, ["zero1=true"], "fp32")], ids=str)
+def test_resume_is_exact(tmp_path, text, world, layout, precision):
+    common = [*TINY, *text, *layout, f"trainer.precision={precision}", "optim.sched.decay_steps=8", "model.hidden_dropout=0.1"]
+    run(world, _train, [*common, "trainer.max_steps=8"], tmp_path / "whole")
+    run(world, _train, [*common, "trainer.max_steps=5"], tmp_path / "two")
     with (tmp_path / "two" / "metrics.jsonl").open("a") as f:         # a step that was logged and never saved
         f.write(json.dumps({"step": 6, "loss": 99.0}) + "\n")
-    run(tp, _train, [*common, "trainer.max_steps=8"], tmp_path / "two")
+    run(world, _train, [*common, "trainer.max_steps=8"], tmp_path / "two")
     pick = lambda out: [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in rows(out)]  # noqa: E731
     assert pick(tmp_path / "two") == pick(tmp_path / "whole")
     one, two = ((tmp_path / n / "checkpoints" / "step-00000008" / "model.safetensors").read_bytes() for n in ("whole", "two"))

@@ -118,7 +118,7 @@ class Summed(DistributedDataParallel):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for buffer in self.buffers:
+        for buffer in self.grad_buffers:
             buffer.scale = 1.0
 
 
