@@ -23,10 +23,8 @@ def _module(name: str) -> Any:                                        # by path:
     return import_module(f"..kernels.{name}", __package__)
 
 
-RMS, LN, SWIGLU, ROPE, CE, DROPOUT, PLAN, PERMUTE, UNPERMUTE, GROUPED = map(_module, (
-    "rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout", "route_plan", "permute", "unpermute", "grouped_gemm"))
-RMS, LN, SWIGLU, ROPE, CE, DROPOUT, ROUTER, PLAN, PERMUTE, UNPERMUTE = map(_module, (
-    "rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout", "router", "route_plan", "permute", "unpermute"))
+RMS, LN, SWIGLU, ROPE, CE, DROPOUT, ROUTER, PLAN, PERMUTE, UNPERMUTE, GROUPED = map(_module, (
+    "rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout", "router", "route_plan", "permute", "unpermute", "grouped_gemm"))
 Launch = Callable[[torch.dtype], object]
 Floor = Callable[[int], float]
 
@@ -170,7 +168,6 @@ CASES: list[Case] = [
     *_norms(8192, 8192), *_norms(8192, 12288), *_swiglu(8192, 28672), *_rope(4096, 2, 64, 128),
     *_cross_entropy(8192, 128256 // 8), *_dropout(8192, 8192),
     *_moe(16384, 2048, 8, 128), *_experts(16384, 2048, 768, 8, 128),
-    *_moe(16384, 2048, 8, 128),
     *_router(16384, 8, 2, 0, "16384x8 2 of 8"), *_router(16384, 128, 8, 0, "16384x128 8 of 128"),
     *_router(16384, 256, 8, 1, "sigmoid groups 16384x256 8 of 256", 8, 4, 2), *_router(16384, 1000, 8, 2, "sqrtsoftplus 16384x1000 8 of 1000"),
 ]

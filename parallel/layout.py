@@ -59,7 +59,6 @@ class Layout:
                    m.virtual_pipeline_model_parallel_size, m.sequence_parallel)
 
 
-<<<<<<< HEAD
 @dataclass(frozen=True)
 class Schedule:
     """A pipeline schedule of torch.distributed.pipelining. chunked: a rank holds several stages; v_shaped: two, folded as a V;
@@ -97,7 +96,8 @@ def stages_of_rank(m: ModelConfig, rank: int) -> list[int]:
     if SCHEDULES[m.schedule].v_shaped:
         return [rank, 2 * pp - 1 - rank]
     return [rank + c * pp for c in range(m.chunks)]
-=======
+
+
 def bucketing(numbers: int, ranks: int, size: int | None) -> tuple[int, int]:
     """(numbers of a gradient buffer padded to equal parts for `ranks`, numbers of a bucket of about `size`).
 
@@ -106,7 +106,6 @@ def bucketing(numbers: int, ranks: int, size: int | None) -> tuple[int, int]:
     unit = ALIGN * ranks
     whole = -(-numbers // unit) * unit
     return whole, max(1, (size or max(1 << 20, whole // 64)) // unit) * unit
->>>>>>> 0f38fc6765e5300339ac8d41fe843af00b4c90ba
 
 
 Rule = Callable[["ModelConfig", Layout], "str | None"]
