@@ -150,6 +150,9 @@ def _experts(T: int, H: int, I: int, K: int, E: int) -> list[Case]:
              {"_rows_kernel": lambda s: (T * H + E * H * I + R * I) * s + 4 * R}, 2 * R * H * I),
         Case("grouped_gemm", f"gather dw {size}", lambda dt: GROUPED._wgrad(z(dt), x(dt), at(), None, slot(), K),
              {"_wgrad_kernel": lambda s: (R * N + T * H + E * N * H) * s + 4 * R}, 2 * R * N * H),
+    ]
+
+
 def _router(T: int, E: int, K: int, func: int, name: str, groups: int = 1, kept: int = 1, best: int = 1) -> list[Case]:
     """Logits in dt; a batch of 2 sequences, whose sums are their own. Partial sums are no part of the floor."""
     x: Callable[[torch.dtype], Tensor] = lambda dt: _new(T, E, dtype=dt)      # noqa: E731
@@ -169,5 +172,6 @@ CASES: list[Case] = [
     *_cross_entropy(8192, 128256 // 8), *_dropout(8192, 8192),
     *_moe(16384, 2048, 8, 128), *_experts(16384, 2048, 768, 8, 128),
     *_router(16384, 8, 2, 0, "16384x8 2 of 8"), *_router(16384, 128, 8, 0, "16384x128 8 of 128"),
-    *_router(16384, 256, 8, 1, "sigmoid groups 16384x256 8 of 256", 8, 4, 2), *_router(16384, 1000, 8, 2, "sqrtsoftplus 16384x1000 8 of 1000"),
+    *_router(16384, 256, 8, 1, "sigmoid groups 16384x256 8 of 256", 8, 4, 2),
+    *_router(16384, 1000, 8, 2, "sqrtsoftplus 16384x1000 8 of 1000"),
 ]

@@ -177,7 +177,8 @@ def grad_norm(model: nn.Module, mesh: Mesh, parts: Parts = own_grad, *, sharded:
     """The 2-norm of the whole model's gradient, every parameter counted once, summed in fp64 (0-d, fp64). Collective.
 
     What n ranks hold counts 1/n on each: n = copies over tp, times dp (experts: edp) unless `sharded`: there each holds another
-    part; times the stages that hold it (`param.stages`: tied embeddings). torch's fp32 norm on a CPU is off by up to 3e-4 on large tensors."""
+    part; times the stages that hold it (`param.stages`: tied embeddings). torch's fp32 norm on a CPU is off by up to 3e-4 on large
+    tensors."""
     total = torch.zeros(1, dtype=torch.float64)
     for _, piece, param in named_pieces(model):
         holders = piece.copies * getattr(param, "stages", 1) * (1 if sharded else gradient_axis(param, mesh)[0].size)
