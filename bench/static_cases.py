@@ -150,5 +150,6 @@ CASES: list[Case] = [
     *_cross_entropy(8192, 128256 // 8), *_dropout(8192, 8192),
     *_moe(16384, 2048, 8, 128),
     *_router(16384, 8, 2, 0, "16384x8 2 of 8"), *_router(16384, 128, 8, 0, "16384x128 8 of 128"),
-    *_router(16384, 256, 8, 1, "sigmoid groups 16384x256 8 of 256", 8, 4, 2), *_router(16384, 1000, 8, 2, "sqrtsoftplus 16384x1000 8 of 1000"),
+    *_router(16384, 256, 8, 1, "sigmoid groups 16384x256 8 of 256", 8, 4, 2),
+    *_router(16384, 1000, 8, 2, "sqrtsoftplus 16384x1000 8 of 1000"),
 ]
