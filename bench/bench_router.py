@@ -53,7 +53,7 @@ def ways(case: Case, make: Make) -> Ways:
     bias = torch.linspace(-0.1, 0.1, E, device=make.device) if case.name == "deepseek-v3" else None
     options = OPTIONS.get(case.name, {}) | ({} if bias is None else {"expert_bias": bias})
     logits = make.randn(T, E)
-    if logits.element_size() < 4:                                     # 16-bit logits tie, and torch.topk takes any: exact in bf16, all different
+    if logits.element_size() < 4:                                     # ties would go any way in torch.topk: exact in bf16, none equal
         order = torch.rand(T, E, generator=make.generators[1], device=make.device).argsort(1)
         logits = (order.float() / 128 - E / 256).to(make.dtype).requires_grad_()
 

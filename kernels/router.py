@@ -116,14 +116,14 @@ def _keep_groups(key, G, GP: tl.constexpr, SP: tl.constexpr, R: tl.constexpr, KE
     low: tl.constexpr = -0x80000000
     members, member = tl.reshape(key, [R * GP, SP]), tl.arange(0, SP)
     total = tl.zeros([R * GP], dtype=tl.float32)
-    for best in range(BEST):
+    for _i in range(BEST):
         top, at = _take(members, member, SP)
         total += (top ^ ((top >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)              # back to the value
         members = tl.where(member[None, :] == at[:, None], low, members)
     group, kept = tl.arange(0, GP), tl.zeros([R, GP], dtype=tl.int32)
     score = tl.where(group[None, :] < G, _ordered(tl.reshape(total, [R, GP])), low)
-    for keep in range(KEEP):
-        top, at = _take(score, group, GP)
+    for _i in range(KEEP):
+        _top, at = _take(score, group, GP)
         hit = group[None, :] == at[:, None]
         kept, score = tl.where(hit, 1, kept), tl.where(hit, low, score)
     kept = tl.reshape(tl.broadcast_to(tl.reshape(kept, [R, GP, 1]), [R, GP, SP]), [R, GP * SP])
@@ -158,7 +158,7 @@ def _weigh(xk, total, m, FUNC: tl.constexpr, NORM: tl.constexpr):
     """q [R, KP] of the chosen logits, -inf where there is none, and ds/dx over the divisor."""
     if FUNC == 0:
         if NORM:
-            e, total, m = _softmax(xk)
+            e, total, _m = _softmax(xk)
         else:
             e = tl.exp(xk - m[:, None])
         q = e / total[:, None]
@@ -195,7 +195,7 @@ def _fwd_kernel(x_ptr, bias_ptr, valid_ptr, given_ptr, ids_ptr, p_ptr, lse_ptr, 
             s = exps / total[:, None]
             n = s
         else:
-            s, slope = _unit(x, FUNC)
+            s, _ds = _unit(x, FUNC)
             n = s / (tl.sum(s, axis=1)[:, None] + 1e-20)
         sums += tl.where(live[:, None], n, 0.0)
         if given_ptr is None:
@@ -208,7 +208,7 @@ def _fwd_kernel(x_ptr, bias_ptr, valid_ptr, given_ptr, ids_ptr, p_ptr, lse_ptr, 
         xk = tl.full([R, KP], -float("inf"), dtype=tl.float32)
         for k in range(K):
             if given_ptr is None:
-                top, at = _take(key, col, C)
+                _top, at = _take(key, col, C)
                 key = tl.where(col[None, :] == at[:, None], low, key)
                 at = at if SIZE == SP else at // SP * SIZE + at % SP
             else:
@@ -218,7 +218,7 @@ def _fwd_kernel(x_ptr, bias_ptr, valid_ptr, given_ptr, ids_ptr, p_ptr, lse_ptr, 
             tl.store(ids_ptr + t * K + k, at, mask=here)
             one = tl.load(x_ptr + t * E + at, mask=at >= 0, other=-float("inf")).to(tl.float32)
             xk = tl.where(kk[None, :] == k, one[:, None], xk)
-        q, slope_k = _weigh(xk, total, m, FUNC, NORM)
+        q, _slope = _weigh(xk, total, m, FUNC, NORM)
         tl.store(p_ptr + t[:, None] * K + kk[None, :], q * scaling, mask=here[:, None] & (kk < K)[None, :])
         tl.store(lse_ptr + t, tl.where(live, m + tl.log(total), 0.0), mask=here)
     out = (chunk * S + of).to(tl.int64) * E + e

@@ -65,7 +65,7 @@ def test_router_kernel_matches(name, dtype, device):
 
 def _by_hand(logits, K, score, pre, norm, bias, groups, kept, best, scale, sequences, valid):
     """Every token in Python floats: the rules of DeepSeek-V3, Mixtral and Qwen in their own words."""
-    T, E = logits.shape
+    E = logits.shape[1]
     ids, probs, sums, counts, lse = [], [], [[0.0] * E for _ in range(sequences)], [[0] * E for _ in range(sequences)], []
     for t, row in enumerate(logits.double().tolist()):
         if valid is not None and not valid[t]:
