@@ -34,9 +34,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("bench: must be one process, got torchrun's; it starts its own ranks: interlace bench --nproc N")
     if args.threshold < 1:
         raise UserError(f"bench: --threshold must be >= 1, the time now over the time then, got {args.threshold}")
-    if args.nproc is not None and args.nproc < 1:
-        raise UserError(f"bench: --nproc must be >= 1, got {args.nproc}")
-    world = _devices(args)
+    world = ranks_of(args)
     from .report import WRONG
     from .rows import read_old
     old = read_old(Path(args.against)) if args.against else None
@@ -56,8 +54,10 @@ def main(args: argparse.Namespace) -> int:
     return status or max(int(bad), _compare(rows, old, args.threshold) if old is not None else 0)
 
 
-def _devices(args: argparse.Namespace) -> int:
+def ranks_of(args: argparse.Namespace) -> int:
     """Ranks of the benches that need several; fills in args.device."""
+    if args.nproc is not None and args.nproc < 1:
+        raise UserError(f"bench: --nproc must be >= 1, got {args.nproc}")
     from .run import cuda_devices
     gpus = cuda_devices()
     if args.device is None:

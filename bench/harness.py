@@ -25,7 +25,7 @@ from .clocks import Clock, clock
 from .provenance import Neighbours
 
 __all__ = ["BOUNDS", "OUT_OF_MEMORY", "SCHEMA", "Prepared", "error", "failure", "measure", "noisy", "prepare", "run_ranks", "seeds",
-           "together"]
+           "timed", "together"]
 
 SCHEMA = 2                                                            # of a row; 1 had no case, provenance or roof
 BOUNDS = ("gemm alone", "communication alone")
@@ -82,7 +82,8 @@ def _whole(fn: Callable[..., Any], inputs: tuple[Any, ...], case: Case) -> tuple
     return (*(o.detach() for o in outs), *grads)
 
 
-def _timed(fn: Callable[..., Any], inputs: tuple[Any, ...], case: Case) -> Callable[[], Any]:
+def timed(fn: Callable[..., Any], inputs: tuple[Any, ...], case: Case) -> Callable[[], Any]:
+    """What one sample calls: the pass of the case."""
     leaves = _leaves(inputs)
     if case.direction == "fwd" or not leaves:
         return lambda: fn(*inputs)
@@ -119,7 +120,7 @@ def prepare(way: Way, ways: Ways, case: Case, truth: dict[int, tuple[Tensor, ...
             truth[id(exact)] = _whole(exact, double, case)            # type: ignore[arg-type]
         want = truth[id(exact)]
     same = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-    return Prepared(_timed(functions[0], inputs, case), error(got, want), same)   # type: ignore[arg-type]
+    return Prepared(timed(functions[0], inputs, case), error(got, want), same)   # type: ignore[arg-type]
 
 
 def _agree(value: float, group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.MAX) -> float:

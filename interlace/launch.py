@@ -77,6 +77,7 @@ def launch(nproc: int, target: str, kwargs: dict[str, Any], *, again: str = "run
     Args: kwargs: what JSON can hold; "config" as `to_dict` gives it. again: what to do after an interruption.
     One rank, or a process that torchrun started, runs here: no process is made.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")                    # torch's profiler prints two lines at every start (2.13)
     if launched_by_torchrun():
         if nproc != int(os.environ["WORLD_SIZE"]):
             raise UserError(f"--nproc must be torchrun's {os.environ['WORLD_SIZE']} ranks, got {nproc}; leave it out")
@@ -117,7 +118,7 @@ class _Ranks:
                     "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}    # not where hostname leads
         env = {**defaults, **os.environ, "PYTHONUNBUFFERED": "1", "LOCAL_RANK": str(rank)}
         job = {"path": sys.path, "rank": rank, "world": nproc, "parent": os.getpid(), "target": target,
-               "kwargs": kwargs, "store": str(self.folder / "store"), "report": str(self.folder / f"{rank}.json")}
+               "kwargs": kwargs, "argv": sys.argv, "store": str(self.folder / "store"), "report": str(self.folder / f"{rank}.json")}
         with open(self.folder / f"{rank}.log", "wb") as log:          # rank 0 speaks to the terminal
             output = None if rank == 0 else log
             proc = subprocess.Popen([sys.executable, "-c", BOOT, f"interlace-rank-{rank}-of-{nproc}"], env=env,
