@@ -157,16 +157,16 @@ def heap_events(found: list[heap.Span], base: int) -> list[Event]:
 
 def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """The parts of the ranks as one Chrome trace: pid is the rank, microseconds from the first event of all."""
-    start = min(p["base"] / 1e3 + e["ts"] for p in parts for e in p["events"])
+    ahead = [(p["base"] - parts[0]["base"]) / 1e3 for p in parts]     # exact: nanoseconds since 1970 are too many for a float
+    start = min(shift + e["ts"] for shift, p in zip(ahead, parts) for e in p["events"])
     out: list[Event] = []
-    for p in parts:
+    for shift, p in zip(ahead, parts):
         rank, tracks = p["rank"], {}
-        shift = p["base"] / 1e3 - start
         for e in sorted(p["events"], key=lambda e: e["ts"]):
             host = e["pid"] == p["pid"]
             where = e["tid"] if host else (1 << 24) + len(tracks)     # a stream may have the number of a thread
             tid = tracks.setdefault((e["pid"], e["tid"]), (where, len(tracks)))[0]
-            out.append({**e, "pid": rank, "tid": tid, "ts": round(e["ts"] + shift, 3),
+            out.append({**e, "pid": rank, "tid": tid, "ts": round(e["ts"] + shift - start, 3),
                         **({"id": rank << 32 | int(e["id"])} if "id" in e else {})})
         out.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
         out.append({"ph": "M", "name": "process_labels", "pid": rank, "args": {"labels": f"pid {p['pid']} on {p['host']}"}})
@@ -184,7 +184,8 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 class Profile:
     """The profile of this rank. folder: of the results, one for all ranks. skip, steps: steps to let pass, the last of them with
-    the profiler on, and to record; counted by `step`. Ctrl-C and SIGTERM keep what was recorded, if `close` is called in a finally."""
+    the profiler on, and to record; counted by `step`. Ctrl-C and SIGTERM keep the windows that were whole, if `close` is called in
+    a finally."""
 
     def __init__(self, folder: Path, name: str, rank: int = 0, world: int = 1, *, skip: int = 0, steps: int = 0):
         self.folder, self.name, self.rank, self.world = folder, name, rank, world
@@ -192,6 +193,7 @@ class Profile:
         self.part: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "host": os.uname().nodename, "base": 0, "events": [], "lost": 0}
         self.prof: Any = None
         self.open: Any = nullcontext()
+        self.unfinished = ""                                          # the window that is open
         self._path(rank).unlink(missing_ok=True)
         self.handler = None
         if world > 1 and threading.current_thread() is threading.main_thread():
@@ -221,7 +223,11 @@ class Profile:
             prof.export_chrome_trace(f"{folder}/trace.json")
             found = json.loads(Path(folder, "trace.json").read_text())
         base, (spans, lost) = found.get("baseTimeNanoseconds", 0), heap.recorded()
-        events = [e for e in found["traceEvents"] if e["ph"] in "Xsf" and e.get("cat") != "Trace"] + heap_events(spans, base)
+        events = [e for e in found["traceEvents"] if e["ph"] in "Xsf" and e.get("cat") != "Trace" and e["name"] != self.unfinished]
+        for e in events:
+            if e.get("cat") in ("cpu_op", "user_annotation"):
+                e.pop("args", None)                                   # half of the file, and only ids
+        events += heap_events(spans, base)
         inside = [w for many in windows_of(events).values() for w in many]
         if inside:
             first, last = min(w[0] for w in inside), max(w[1] for w in inside)
@@ -234,13 +240,15 @@ class Profile:
     def window(self, label: str) -> Iterator[None]:
         """What is summed up under `label`."""
         self.count += 1
-        with record_function(f"{WINDOW}{label} #{self.count}"):
+        self.unfinished = f"{WINDOW}{label} #{self.count}"
+        with record_function(self.unfinished):
             yield
+        self.unfinished = ""
 
     def step(self) -> None:
         """One more step is done."""
         self.open.__exit__(None, None, None)
-        self.open = nullcontext()
+        self.open, self.unfinished = nullcontext(), ""
         self.count += 1
         self._turn()
 
@@ -250,7 +258,8 @@ class Profile:
         if self.count == self.skip + self.steps:
             self.close()
         elif self.count >= self.skip and self.prof is not None:
-            self.open = record_function(f"{WINDOW}training step #{self.count + 1}")
+            self.unfinished = f"{WINDOW}training step #{self.count + 1}"
+            self.open = record_function(self.unfinished)
             self.open.__enter__()
 
     def close(self) -> None:
@@ -258,13 +267,15 @@ class Profile:
         if self.closed:
             return
         self.closed, early = True, sys.exc_info()[0] is not None
+        if self.handler is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)             # one more would lose what there is
         self.open.__exit__(None, None, None)
         self.stop()
-        if self.handler is not None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN if early else self.handler)   # a second one would lose it all
         _write(self._path(self.rank), json.dumps(self.part))
         if self.rank == 0:
             self._merge(early)
+        if self.handler is not None and not early:
+            signal.signal(signal.SIGTERM, self.handler)
 
     def _merge(self, early: bool) -> None:
         end, parts = time.monotonic() + (AT_THE_END if early else PATIENCE), []
@@ -280,7 +291,6 @@ class Profile:
         if not parts:
             print("interlace: no trace: nothing was recorded yet", file=sys.stderr, flush=True)
             return
-        ranks = {p["rank"]: p for p in parts}
         trace = merge(parts)
         summary = summarise(trace)
         trace["otherData"] = {"torch": torch.__version__, "command": shlex.join(["interlace", *sys.argv[1:]]), "cut short": early,
@@ -289,7 +299,7 @@ class Profile:
         made = draw(trace, summary, self.folder / f"{self.name}.png")
         for line in table(summary):
             print(line)
-        for p in ranks.values():
+        for p in parts:
             if p["lost"]:
                 print(f"rank {p['rank']}: {p['lost']} spans of collectives found no room; profile fewer steps")
         print(f"{'cut short; what was recorded is' if early else 'made'}: {self.folder / self.name}.json (open it in ui.perfetto.dev)"

@@ -92,7 +92,8 @@ class Run:
         self.model.train()
         tokens = c.model.global_batch_size * c.model.seq_length
         left = c.trainer.max_steps - self.step
-        watch = Profile(self.out, "trace", *self.rank, skip=min(2, left - 1), steps=min(profile, left)) if profile and left else None
+        skip = min(2, left - 1)
+        watch = Profile(self.out, "trace", *self.rank, skip=skip, steps=min(profile, left - skip)) if profile and left else None
         try:
             while self.step < c.trainer.max_steps:
                 start = time.perf_counter()
