@@ -7,7 +7,7 @@ from ..parallel.errors import UserError
 from .harness import OUT_OF_MEMORY, SCHEMA
 from .provenance import machine
 
-__all__ = ["append", "changes", "key", "read", "read_old"]
+__all__ = ["append", "changes", "key", "read", "read_newest", "read_old"]
 
 Row = dict[str, Any]
 NEEDED = ("op", "way", "case", "machine", "run")
@@ -22,7 +22,7 @@ def append(folder: Path, op: str, rows: list[Row], run: str, stamp: dict[str, An
 
 
 def read(folder: Path, op: str, run: str) -> list[Row]:
-    """The rows of one run."""
+    """The rows of one run, or of all with this version's fields where run is ""."""
     path = folder / f"{op}.jsonl"
     if not path.exists():
         return []
@@ -32,9 +32,16 @@ def read(folder: Path, op: str, run: str) -> list[Row]:
             row = json.loads(line)
         except ValueError:                                            # a run that was killed amid a line
             continue
-        if row.get("run") == run:
+        if row.get("run") == run or not run and row.get("schema") == SCHEMA:
             found.append(row)
     return found
+
+
+def read_newest(folder: Path) -> list[Row]:
+    """All rows of the run that began last in `folder`."""
+    every = [row for path in sorted(folder.glob("*.jsonl")) for row in read(folder, path.stem, "")]
+    newest = max((row["run"] for row in every), default="")           # begins with the time it was started at
+    return [row for row in every if row["run"] == newest]
 
 
 def key(row: Row) -> tuple[Any, ...]:
