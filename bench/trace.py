@@ -13,7 +13,7 @@ from ..launch import launch, launched_by_torchrun
 from ..models.profile import Profile
 from ..parallel.errors import RunError, UserError
 from .cases import PASSES, Case
-from .command import ranks_of
+from .command import ranks_of, writable
 from .harness import failure, timed, together
 from .ops import OPS, pick
 from .run import build, load
@@ -35,15 +35,10 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(f"bench trace: times nothing, so --{flag} must be left out")
     if launched_by_torchrun():
         raise UserError("bench trace: must be one process, got torchrun's; it starts its own ranks: interlace bench trace OP --nproc N")
-    world, folder = ranks_of(args), Path(args.out or "runs/trace")
+    world = ranks_of(args)
     if args.device == "cuda" and "train_step" in names:
         raise UserError("bench trace: train_step runs on CPU ranks; use --device cpu, or interlace train --profile")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".probe").write_text("")
-        (folder / ".probe").unlink()
-    except OSError as e:
-        raise UserError(f"bench trace: --out must be a folder that can be written, got {folder}: {e.strerror or e}") from None
+    folder = writable(Path(args.out or "runs/trace"), "bench trace")
     sweep = {"cpu": "quick", "cuda": "quick-cuda"}[args.device] if args.quick else args.device
     status = 0
     for name in names:

@@ -96,7 +96,8 @@ def _bench_flags(bench: argparse.ArgumentParser, d: str) -> None:
     bench.add_argument("--quick", action="store_true", help="small shapes, minutes for all of them, no torch.compile")
     bench.add_argument("--nproc", metavar="N", type=int, help="ranks of the communication ops (default: 2)")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    bench.add_argument("--against", metavar="FILE", help="an older <op>.jsonl of this machine; exit 1 when ours got slower")
+    bench.add_argument("--against", metavar="FILE", help="an older <op>.jsonl of this machine, or a folder of them; exit 1 "
+                       "when ours got slower")
     bench.add_argument("--threshold", metavar="X", type=float, default=1.10, help="time now over time then that is too much" + d)
     bench.add_argument("--explain", action="store_true", help="tell which path every communication op took, and why")
     bench.add_argument("--roofs", action="store_true", help="measure this machine's roofs again")

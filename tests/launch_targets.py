@@ -69,3 +69,10 @@ def waits(folder, stubborn=False):
     if rank == 0:
         time.sleep(600)
     dist.all_reduce(torch.ones(1))
+
+
+def command(wanted):
+    from interlace.bench.provenance import provenance
+    _meet()
+    found = provenance()["command"]
+    assert found == wanted, found
