@@ -36,7 +36,7 @@ def read(folder: Path, op: str, run: str) -> list[Row]:
             row = json.loads(line)
         except ValueError:                                            # a run that was killed amid a line
             continue
-        if row.get("run") == run or not run and row.get("schema") == SCHEMA:
+        if row.get("run") == run or (not run and row.get("schema") == SCHEMA):
             found.append(row)
     return found
 

@@ -28,7 +28,7 @@ NOT_HERE = ("against", "explain", "roofs", "list")
 def main(args: argparse.Namespace) -> int:
     """One launch an op. Exit status 1 when a case failed."""
     if not args.ops[1:]:
-        raise UserError("bench trace: must be given an op, got none; e.g. interlace bench trace gemm_ar (they are in interlace bench --list)")
+        raise UserError("bench trace: must be given an op, got none; e.g. interlace bench trace gemm_ar (--list shows them)")
     names = pick(args.ops[1:])
     for flag in NOT_HERE:
         if getattr(args, flag):

@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from ..kernels.comm import heap
 
-__all__ = ["KINDS", "Profile", "kind", "merge", "shares", "sets"]
+__all__ = ["KINDS", "Profile", "kind", "merge", "sets", "shares"]
 
 Event = dict[str, Any]
 Parts = list[tuple[float, float]]                                     # disjoint, in order
@@ -355,7 +355,7 @@ def _hidden(s: dict[str, Any]) -> str:
 
 
 def draw(trace: dict[str, Any], summary: dict[str, dict[int, dict[str, Any]]], path: Path) -> bool:
-    """The last window of every label, a band of three rows a rank. False without matplotlib, which it says."""
+    """Of every label the window of median length, a band of three rows a rank. False without matplotlib, which it says."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -368,10 +368,13 @@ def draw(trace: dict[str, Any], summary: dict[str, dict[int, dict[str, Any]]], p
     FigureCanvasAgg(figure)
     events = by_rank(trace)
     for axes, (label, ranks) in zip(figure.subplots(len(summary), 1, squeeze=False)[:, 0], summary.items()):
-        last = {r: windows_of(events[r])[label][-1] for r in ranks}
-        start = min(w[0] for w in last.values())
+        every = {r: windows_of(events[r])[label] for r in ranks}
+        took = [max(end for _, end in ws) - min(begin for begin, _ in ws) for ws in zip(*every.values())]
+        which = sorted(range(len(took)), key=took.__getitem__)[len(took) // 2]
+        shown = {r: ws[which] for r, ws in every.items()}
+        start = min(w[0] for w in shown.values())
         for i, (r, s) in enumerate(ranks.items()):
-            found = sets(spans_of(events[r]), [last[r]])
+            found = sets(spans_of(events[r]), [shown[r]])
             for row, (k, color) in enumerate(colors.items()):
                 axes.broken_barh([((b - start) / 1e3, (e - b) / 1e3) for b, e in found[k]], (4 * i + row, 0.9), color=color,
                                  label=k if i == 0 else None, linewidth=0)
@@ -379,8 +382,8 @@ def draw(trace: dict[str, Any], summary: dict[str, dict[int, dict[str, Any]]], p
             axes.text(1.01, 4 * i + 1.4, f"{text.replace(', waiting', ',' + chr(10) + 'waiting')}\n{_hidden(s)}", va="center",
                       fontsize=7, transform=axes.get_yaxis_transform())
         axes.set(yticks=[4 * i + 1.4 for i in range(len(ranks))], yticklabels=[f"rank {r}" for r in ranks],
-                 ylim=(4 * len(ranks) - 0.6, -0.5), xlim=(0, (max(w[1] for w in last.values()) - start) / 1e3), xlabel="ms")
-        axes.set_title(label, fontsize=8, loc="left")
+                 ylim=(4 * len(ranks) - 0.6, -0.5), xlim=(0, (max(w[1] for w in shown.values()) - start) / 1e3), xlabel="ms")
+        axes.set_title(f"{label}: number {which + 1} of {len(took)}; shares of all", fontsize=8, loc="left")
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path)

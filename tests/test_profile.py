@@ -95,7 +95,8 @@ def test_kinds(category, name, wanted):
 
 
 def part(rank, base, *events):
-    made = [{"ph": "X", "pid": 100 + rank, "tid": 100 + rank, "cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 1.0, **e} for e in events]
+    usual = {"ph": "X", "pid": 100 + rank, "tid": 100 + rank, "cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 1.0}
+    made = [{**usual, **e} for e in events]
     return {"rank": rank, "pid": 100 + rank, "host": "here", "base": base, "events": made, "lost": 0}
 
 
@@ -118,8 +119,9 @@ def test_merge_is_on_one_clock():
 def test_a_device_counts_alone():
     """The host's launches are not compute where a GPU works; streams overlap."""
     window = {"cat": "user_annotation", "name": "interlace: x #1", "ts": 0.0, "dur": 10.0}
-    trace = merge([part(0, 0, window, {"ts": 0.0, "dur": 10.0}, {"pid": 0, "tid": 7, "cat": "kernel", "name": "gemm", "ts": 2.0, "dur": 4.0},
-                        {"pid": 0, "tid": 20, "cat": "kernel", "name": "ncclDevKernel_AllGather", "ts": 4.0, "dur": 4.0})])
+    gemm = {"pid": 0, "tid": 7, "cat": "kernel", "name": "gemm", "ts": 2.0, "dur": 4.0}
+    gather = {"pid": 0, "tid": 20, "cat": "kernel", "name": "ncclDevKernel_AllGather", "ts": 4.0, "dur": 4.0}
+    trace = merge([part(0, 0, window, {"ts": 0.0, "dur": 10.0}, gemm, gather)])
     s = profile.summarise(trace)["x"][0]
     assert (s["compute"], s["communication"], s["other"], s["hidden"], s["n"]) == pytest.approx((.4, .2, .4, .5, 1))
 
@@ -303,7 +305,10 @@ def test_an_interrupted_or_failing_case_keeps_the_others(tmp_path, monkeypatch, 
         bench_trace.trace("rms_norm", str(tmp_path), "cpu", "quick", 0)
     trace, _ = valid(tmp_path / "rms_norm.json", 1)
     assert [label.split()[0] for label in profile.summarise(trace)] == ["rms_norm"]
-    monkeypatch.setattr(bench_trace, "_one", lambda p, name, case, *rest: "out of memory: x" if case.call == "rms_norm" else one(p, name, case, *rest))
+
+    def first(p, name, case, *rest):
+        return "out of memory: x" if case.call == "rms_norm" else one(p, name, case, *rest)
+    monkeypatch.setattr(bench_trace, "_one", first)
     assert bench_trace.trace("rms_norm", str(tmp_path), "cpu", "quick", 0) == 1
     assert "failed: rms_norm" in capsys.readouterr().out
     trace, _ = valid(tmp_path / "rms_norm.json", 1)
