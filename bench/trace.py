@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     for name in names:
         ranks = 1 if OPS[name][0] == "one" else world
         job = {"name": name, "folder": str(folder), "device": args.device, "sweep": sweep, "seed": args.seed}
-        status = launch(ranks, "interlace.bench.trace:trace", job, again=KEPT) or status
+        status = launch(ranks, "interlace.bench.trace:trace", job, again=KEPT, grace=20.0) or status
         if status >= 128:                                             # Ctrl-C
             break
     return status

@@ -198,7 +198,8 @@ def _train(args: argparse.Namespace) -> int:
             raise UserError("the text must be given once, got both --data and data.paths; keep one")
         tree["data"]["paths"] = args.data
     check_paths(tree["data"]["paths"])
-    return launch(world, "interlace.models.train:train", {"config": tree, "out": args.out, "profile": args.profile or 0}, again=RESUME)
+    return launch(world, "interlace.models.train:train", {"config": tree, "out": args.out, "profile": args.profile or 0}, again=RESUME,
+                  **({"grace": 20.0} if args.profile else {}))        # a trace is written on the way out
 
 
 def _verify(args: argparse.Namespace) -> int:

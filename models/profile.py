@@ -45,7 +45,7 @@ WINDOW = "interlace: "                                                # begins t
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 MOVES = re.compile(r"nccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|multimem|memcpy ptop", re.IGNORECASE)
 WAITS = re.compile(r"wait_signal|wait_value|barrier", re.IGNORECASE)
-PATIENCE, AT_THE_END = 60.0, 2.5                                      # seconds for the parts of other ranks; when ranks are stopped
+PATIENCE, AT_THE_END = 60.0, 10.0                                     # seconds for the parts of other ranks; when ranks are stopped
 
 
 # ---- arithmetic of times --------------------------------------------------------------------------------------

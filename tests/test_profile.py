@@ -1,4 +1,5 @@
 """Traces: times summed up right, every rank on one clock, waiting measured where it is planted, and what is cut short kept."""
+import itertools
 import json
 import os
 import signal
@@ -38,7 +39,7 @@ def ticks(parts):
 @given(spans, spans)
 def test_intervals(a, b):
     a, b = profile.union(a), profile.union(b)
-    assert all(x[1] < y[0] for x, y in zip(a, a[1:])) and all(x[0] < x[1] for x in a)
+    assert all(x[1] < y[0] for x, y in itertools.pairwise(a)) and all(x[0] < x[1] for x in a)
     assert ticks(profile.minus(a, b)) == ticks(a) - ticks(b)
     assert ticks(profile.both(a, b)) == ticks(a) & ticks(b)
     assert profile.length(a) == len(ticks(a))
