@@ -161,7 +161,8 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     start = min(shift + e["ts"] for shift, p in zip(ahead, parts) for e in p["events"])
     out: list[Event] = []
     for shift, p in zip(ahead, parts):
-        rank, tracks = p["rank"], {}
+        rank: int = p["rank"]
+        tracks: dict[tuple[Any, Any], tuple[int, int]] = {}            # (pid, tid) there -> tid here, place
         for e in sorted(p["events"], key=lambda e: e["ts"]):
             host = e["pid"] == p["pid"]
             where = e["tid"] if host else (1 << 24) + len(tracks)     # a stream may have the number of a thread
