@@ -23,6 +23,18 @@ def default_folder() -> Path:
     return top / "results" / machine()
 
 
+def writable(folder: Path, who: str) -> Path:
+    """The folder, made and tried. Raises: UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"{who}: --out must be a folder that can be written, got {folder}: {e.strerror or e}; choose another") from None
+    return folder
+
+
 def main(args: argparse.Namespace) -> int:
     """Exit status: 0; 1 when ours is wrong, failed at a case for want of anything but memory, or got slower than --against allows."""
     if args.list:
@@ -34,17 +46,11 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("bench: must be one process, got torchrun's; it starts its own ranks: interlace bench --nproc N")
     if args.threshold < 1:
         raise UserError(f"bench: --threshold must be >= 1, the time now over the time then, got {args.threshold}")
-    if args.nproc is not None and args.nproc < 1:
-        raise UserError(f"bench: --nproc must be >= 1, got {args.nproc}")
-    world = _devices(args)
+    world = ranks_of(args)
     from .report import WRONG
     from .rows import read_old
     old = read_old(Path(args.against)) if args.against else None
-    folder = Path(args.out) if args.out else default_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"bench: --out must be a folder that can be written, got {args.out}: {e}") from None
+    folder = writable(Path(args.out) if args.out else default_folder(), "bench")
     run = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
     _warn_of_load()
     try:
@@ -56,8 +62,10 @@ def main(args: argparse.Namespace) -> int:
     return status or max(int(bad), _compare(rows, old, args.threshold) if old is not None else 0)
 
 
-def _devices(args: argparse.Namespace) -> int:
+def ranks_of(args: argparse.Namespace) -> int:
     """Ranks of the benches that need several; fills in args.device."""
+    if args.nproc is not None and args.nproc < 1:
+        raise UserError(f"bench: --nproc must be >= 1, got {args.nproc}")
     from .run import cuda_devices
     gpus = cuda_devices()
     if args.device is None:
@@ -130,7 +138,7 @@ def _report(names: list[str], folder: Path, run: str, args: argparse.Namespace) 
 
 
 def _compare(rows: list[dict[str, Any]], old: dict, threshold: float) -> int:
-    from .rows import changes
+    from .rows import agreement, changes
     slower, matched = changes(rows, old, threshold)
     if not matched and not slower:
         raise UserError("bench: --against must hold the same ops and cases as this run, got none in common; "
@@ -138,6 +146,10 @@ def _compare(rows: list[dict[str, Any]], old: dict, threshold: float) -> int:
     print(f"\nagainst the older file: {len(matched)} cases")
     for line in matched:
         print(f"    {line}")
+    both, known, lies = agreement(rows, old)
+    print(f"{both - known - len(lies)} of {both} ratios agree within 10%; of the others {known} are marked noisy or loaded")
+    for line in lies:
+        print(f"NOT MARKED: {line}")
     for line in slower:
         print(f"SLOWER by more than {threshold}: {line}")
     return int(bool(slower))

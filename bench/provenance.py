@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -85,7 +86,7 @@ def provenance(seed: int = 0) -> dict[str, Any]:
                      **{p: v for p in PEERS if (v := _version(p))}},
         "commit": commit or None, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "clocks": clocks(), "load": round(os.getloadavg()[0], 2), "seed": seed, "threads": torch.get_num_threads(),
-        "command": " ".join(["interlace", *sys.argv[1:]]), "malloc_tuned": tune_malloc(),
+        "command": shlex.join(["interlace", *sys.argv[1:]]), "malloc_tuned": tune_malloc(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(SHOWN)},
     }
 

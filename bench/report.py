@@ -1,4 +1,7 @@
-"""Rows made readable: one table, losses shown like wins, and plots of time and of percent of the roof against size."""
+"""Rows made readable: one table, losses shown like wins, and plots of time and of percent of the roof against size.
+
+`python -m interlace.bench.report FOLDER` makes them of the newest run in a folder of rows, whatever became of the run.
+"""
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -120,3 +123,20 @@ def _panel(top: Any, bottom: Any, title: str, rows: list[Row]) -> None:
     top.set(xscale="log", yscale="log", title=title, ylabel="us, p50 and p20 to p80")
     top.title.set_fontsize(8)
     bottom.set(xscale="log", xlabel="bytes" if rows[0]["bytes"] else "FLOPs", ylabel="% of this machine's roof")
+
+
+def main(folder: Path) -> int:
+    from .rows import read_newest
+    rows = read_newest(folder)
+    if not rows:
+        print(f"bench: there are no rows in {folder}", file=sys.stderr)
+        return 2
+    table(rows)
+    for line in footnotes(rows):
+        print(line)
+    print(f"{len(rows)} rows; {len(plots(rows, folder / 'plots'))} plots in {folder / 'plots'}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

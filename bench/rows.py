@@ -3,11 +3,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..parallel.errors import UserError
+from ..parallel.errors import RunError, UserError
 from .harness import OUT_OF_MEMORY, SCHEMA
 from .provenance import machine
 
-__all__ = ["append", "changes", "key", "read", "read_old"]
+__all__ = ["agreement", "append", "changes", "key", "read", "read_newest", "read_old"]
 
 Row = dict[str, Any]
 NEEDED = ("op", "way", "case", "machine", "run")
@@ -15,14 +15,18 @@ NEEDED = ("op", "way", "case", "machine", "run")
 
 def append(folder: Path, op: str, rows: list[Row], run: str, stamp: dict[str, Any]) -> None:
     """To <folder>/<op>.jsonl, whole lines at once: an interrupted run keeps what it had measured."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({**row, "machine": machine(), "run": run, "provenance": stamp}) + "\n" for row in rows]
-    with (folder / f"{op}.jsonl").open("a") as f:
-        f.write("".join(lines))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{op}.jsonl").open("a") as f:
+            f.write("".join(lines))
+    except OSError as e:
+        raise RunError(f"bench: --out must be writable during a run, got {e.strerror or e} in {folder}; the rows before are kept. "
+                       "Free space, then run the same command again") from e
 
 
 def read(folder: Path, op: str, run: str) -> list[Row]:
-    """The rows of one run."""
+    """The rows of one run, or of all with this version's fields where run is ""."""
     path = folder / f"{op}.jsonl"
     if not path.exists():
         return []
@@ -32,9 +36,16 @@ def read(folder: Path, op: str, run: str) -> list[Row]:
             row = json.loads(line)
         except ValueError:                                            # a run that was killed amid a line
             continue
-        if row.get("run") == run:
+        if row.get("run") == run or (not run and row.get("schema") == SCHEMA):
             found.append(row)
     return found
+
+
+def read_newest(folder: Path) -> list[Row]:
+    """All rows of the run that began last in `folder`."""
+    every = [row for path in sorted(folder.glob("*.jsonl")) for row in read(folder, path.stem, "")]
+    newest = max((row["run"] for row in every), default="")           # begins with the time it was started at
+    return [row for row in every if row["run"] == newest]
 
 
 def key(row: Row) -> tuple[Any, ...]:
@@ -43,32 +54,54 @@ def key(row: Row) -> tuple[Any, ...]:
 
 
 def read_old(path: Path) -> dict[tuple[Any, ...], Row]:
-    """The newest row of every measurement in `path`; rows of other versions in it are passed over. Raises: UserError where no
-    row can be compared with those of today, or one is of another machine."""
-    say = f"bench: --against must be a <op>.jsonl of this machine, written by interlace bench, got {path}"
+    """The newest row of every measurement in `path`, a file or a folder of them; rows of other versions in it are passed over.
+    Raises: UserError where no row can be compared with those of today, or one is of another machine."""
+    say = f"bench: --against must be a <op>.jsonl of this machine, written by interlace bench, or a folder of them, got {path}"
     try:
-        lines = path.read_text().splitlines()
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        lines = [(f"line {i}" + f" of {file.name}" * path.is_dir(), line) for file in files
+                 for i, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{say}, which cannot be read: {e}") from None
     found: dict[tuple[Any, ...], Row] = {}
     other = ""
-    for i, line in enumerate(filter(str.strip, lines), 1):
+    for at, line in lines:
         try:
             row = json.loads(line)
         except ValueError:
-            raise UserError(f"{say}, whose line {i} is not JSON") from None
+            raise UserError(f"{say}, whose {at} is not JSON") from None
         if not isinstance(row, dict) or row.get("schema") != SCHEMA or any(n not in row for n in NEEDED):
             version = row.get("schema", 1) if isinstance(row, dict) else "?"
-            other = f"{say}, whose line {i} is of version {version}, this interlace writes {SCHEMA}: measure the old commit again"
+            other = f"{say}, whose {at} is of version {version}, this interlace writes {SCHEMA}: measure the old commit again"
             continue
         if row["machine"] != machine():
-            raise UserError(f"{say}, whose line {i} was measured on {row['machine']}, this is {machine()}: times of two machines "
+            raise UserError(f"{say}, whose {at} was measured on {row['machine']}, this is {machine()}: times of two machines "
                             "say nothing about the code")
         if "p50_us" in row:
             found[key(row)] = row
     if not found:
         raise UserError(other or f"{say}, which has no figures in it")
     return found
+
+
+def agreement(new: list[Row], old: dict[tuple[Any, ...], Row], within: float = 0.10) -> tuple[int, int, list[str]]:
+    """Do two runs tell one story: (ratios to ours in both runs, those that differ by more than `within` in a row that carries a
+    mark in either run, in words those that do and carry none)."""
+    marked = {key(r)[:1] + key(r)[2:] for r in (*new, *old.values()) if r["way"] == "interlace" and (r.get("noisy") or r.get("loaded"))}
+    both, known, lies = 0, 0, []
+    for row in new:
+        was = old.get(key(row))
+        if row["way"] == "interlace" or was is None or not row.get("ratio") or not was.get("ratio"):
+            continue
+        both += 1
+        by = max(row["ratio"] / was["ratio"], was["ratio"] / row["ratio"])
+        if by > 1 + within:
+            if key(row)[:1] + key(row)[2:] in marked or any(r["noisy"] or r["loaded"] for r in (row, was)):
+                known += 1
+            else:
+                lies.append(f"{row['op']}  {' '.join(str(v) for v in row['case'].values())}, {row['way']}: {was['ratio']:.2f}, "
+                            f"now {row['ratio']:.2f}")
+    return both, known, lies
 
 
 def changes(new: list[Row], old: dict[tuple[Any, ...], Row], threshold: float) -> tuple[list[str], list[str]]:

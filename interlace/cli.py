@@ -32,7 +32,8 @@ key=value sets a key of the config, on top of --config:
 Every key with its default is in the config.yaml that a run writes to its --out folder.
 """
 FLAGS = ("--config", "--nproc", "--out", "--data", "--steps", "--prompt", "--tokens", "--temperature", "--top-k",
-         "--seed", "--quick", "--device", "--against", "--threshold", "--explain", "--roofs", "--list", "--static", "--accept", "--json")
+         "--seed", "--quick", "--device", "--against", "--threshold", "--explain", "--roofs", "--list", "--static", "--accept", "--json",
+         "--profile")
 RESUME = "run the same command again to resume"
 
 
@@ -60,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", metavar="DIR", default="runs/default", help="metrics.jsonl, config.yaml, loss.png and "
                        "checkpoints go there; a run found there goes on" + d)
     train.add_argument("--data", metavar="PATH", nargs="+", help="text: files, folders (default: Python's own source)")
+    train.add_argument("--profile", metavar="STEPS", type=int, nargs="?", const=3, help="trace this many steps after the first two "
+                       "into trace.json and trace.png: compute, communication and waiting of every rank (without a number: 3)")
     verify = command("verify", "show that a layout computes what one process computes, in float64", """\
   interlace verify tp=2 sp=true
   interlace verify --config gpt.yaml tp=4 --steps 3""")
@@ -78,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
   interlace bench --quick
   interlace bench rms_norm gemm_ar --nproc 2 --explain
   interlace bench rms_norm --against bench/results/my-machine/rms_norm.jsonl
+  interlace bench trace gemm_ar --nproc 2
   interlace bench --static --out report/""", config=False), d)
     doctor = command("doctor", "say what runs here, on what, and why not on more; test two ranks", """\
   interlace doctor
@@ -87,11 +91,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bench_flags(bench: argparse.ArgumentParser, d: str) -> None:
-    bench.add_argument("ops", nargs="*", metavar="OP", help="benches to run (default: all; see --list)")
+    bench.add_argument("ops", nargs="*", metavar="OP", help="benches to run (default: all; see --list); after the word trace: "
+                       "benches to trace, as a timeline of every rank")
     bench.add_argument("--quick", action="store_true", help="small shapes, minutes for all of them, no torch.compile")
     bench.add_argument("--nproc", metavar="N", type=int, help="ranks of the communication ops (default: 2)")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    bench.add_argument("--against", metavar="FILE", help="an older <op>.jsonl of this machine; exit 1 when ours got slower")
+    bench.add_argument("--against", metavar="FILE", help="an older <op>.jsonl of this machine, or a folder of them; exit 1 "
+                       "when ours got slower")
     bench.add_argument("--threshold", metavar="X", type=float, default=1.10, help="time now over time then that is too much" + d)
     bench.add_argument("--explain", action="store_true", help="tell which path every communication op took, and why")
     bench.add_argument("--roofs", action="store_true", help="measure this machine's roofs again")
@@ -183,6 +189,8 @@ def _train(args: argparse.Namespace) -> int:
     from .launch import launch
     from .models.config import to_dict
     from .models.data import check_paths
+    if args.profile is not None and args.profile < 1:
+        raise UserError(f"--profile must be >= 1, the steps to trace, got {args.profile}")
     config, world = _config(args)
     tree = to_dict(config)
     if args.data:
@@ -190,7 +198,8 @@ def _train(args: argparse.Namespace) -> int:
             raise UserError("the text must be given once, got both --data and data.paths; keep one")
         tree["data"]["paths"] = args.data
     check_paths(tree["data"]["paths"])
-    return launch(world, "interlace.models.train:train", {"config": tree, "out": args.out}, again=RESUME)
+    return launch(world, "interlace.models.train:train", {"config": tree, "out": args.out, "profile": args.profile or 0}, again=RESUME,
+                  **({"grace": 20.0} if args.profile else {}))        # a trace is written on the way out
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -225,6 +234,8 @@ def _bench(args: argparse.Namespace) -> int:
         return int(import_module(".bench.static", __package__).main(args.out, accept=args.accept))
     if args.accept:
         raise UserError("--accept needs --static: it makes that report the golden file; add --static")
+    if args.ops[:1] == ["trace"]:
+        return int(import_module(".bench.trace", __package__).main(args))
     return int(import_module(".bench.command", __package__).main(args))
 
 

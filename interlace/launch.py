@@ -71,12 +71,15 @@ def bounded(nproc: int, target: str, kwargs: dict[str, Any], seconds: float) -> 
     return done.returncode, done.stdout
 
 
-def launch(nproc: int, target: str, kwargs: dict[str, Any], *, again: str = "run the same command again") -> int:
+def launch(nproc: int, target: str, kwargs: dict[str, Any], *, again: str = "run the same command again",
+           grace: float = GRACE) -> int:
     """Call `target` ("module:function") with `kwargs` on `nproc` ranks; returns the exit status.
 
     Args: kwargs: what JSON can hold; "config" as `to_dict` gives it. again: what to do after an interruption.
+    grace: seconds ranks have to end after Ctrl-C or another's failure; a second Ctrl-C gives none.
     One rank, or a process that torchrun started, runs here: no process is made.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")                    # torch's profiler prints two lines at every start (2.13)
     if launched_by_torchrun():
         if nproc != int(os.environ["WORLD_SIZE"]):
             raise UserError(f"--nproc must be torchrun's {os.environ['WORLD_SIZE']} ranks, got {nproc}; leave it out")
@@ -87,7 +90,7 @@ def launch(nproc: int, target: str, kwargs: dict[str, Any], *, again: str = "run
         return call(target, kwargs)
     folder = Path(tempfile.mkdtemp(prefix="interlace-"))              # mode 0700
     try:
-        return _Ranks(nproc, target, kwargs, folder).watch(again)
+        return _Ranks(nproc, target, kwargs, folder, grace).watch(again)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -95,8 +98,8 @@ def launch(nproc: int, target: str, kwargs: dict[str, Any], *, again: str = "run
 class _Ranks:
     """The child processes of one launch."""
 
-    def __init__(self, nproc: int, target: str, kwargs: dict[str, Any], folder: Path):
-        self.folder = folder
+    def __init__(self, nproc: int, target: str, kwargs: dict[str, Any], folder: Path, grace: float):
+        self.folder, self.grace = folder, grace
         self.procs: list[subprocess.Popen] = []
         self.signals: list[int] = []                                  # that came to the parent
         self.noticed = 0.0                                            # when the first failure was seen
@@ -117,7 +120,7 @@ class _Ranks:
                     "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}    # not where hostname leads
         env = {**defaults, **os.environ, "PYTHONUNBUFFERED": "1", "LOCAL_RANK": str(rank)}
         job = {"path": sys.path, "rank": rank, "world": nproc, "parent": os.getpid(), "target": target,
-               "kwargs": kwargs, "store": str(self.folder / "store"), "report": str(self.folder / f"{rank}.json")}
+               "kwargs": kwargs, "argv": sys.argv, "store": str(self.folder / "store"), "report": str(self.folder / f"{rank}.json")}
         with open(self.folder / f"{rank}.log", "wb") as log:          # rank 0 speaks to the terminal
             output = None if rank == 0 else log
             proc = subprocess.Popen([sys.executable, "-c", BOOT, f"interlace-rank-{rank}-of-{nproc}"], env=env,
@@ -154,7 +157,7 @@ class _Ranks:
         self._wait(SETTLE)
         rank, report = self._first()
         if report.get("kind") == "status":                            # no error: a command that says no on every rank
-            self._wait(GRACE)
+            self._wait(self.grace)
         self.stop()
         proc = self.procs[rank]
         code: int = report.get("status") or proc.wait()
@@ -196,13 +199,13 @@ class _Ranks:
             time.sleep(0.02)
 
     def stop(self) -> None:
-        """End every rank: SIGTERM, GRACE seconds (none after a second Ctrl-C), SIGKILL."""
+        """End every rank: SIGTERM, `grace` seconds (none after a second Ctrl-C), SIGKILL."""
         alive = [p for p in self.procs if p.poll() is None]
         if not alive:
             return
         for p in alive:
             p.terminate()
-        end, before = time.monotonic() + GRACE, len(self.signals)
+        end, before = time.monotonic() + self.grace, len(self.signals)
         while any(p.poll() is None for p in alive) and time.monotonic() < end and len(self.signals) == before:
             time.sleep(0.02)
         for p in alive:

@@ -39,6 +39,7 @@ def main(job: dict[str, Any]) -> None:
     """The life of a child of launch.py. Never returns."""
     _die_with(job["parent"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)                      # Ctrl-C is the parent's to handle
+    sys.argv[:] = job["argv"]                                         # provenance names the user's command
     try:
         status = _join_and_call(job["target"], job["kwargs"], local_ranks=job["world"], rank=job["rank"],
                                 world_size=job["world"], init_method=f"file://{job['store']}")

@@ -35,6 +35,7 @@ from .data import Dataset, build_tokens
 from .gpt import GPT
 from .metrics import MetricsLog, Progress, plot_loss
 from .optimizer import Optimizer, learning_rate
+from .profile import Profile
 from .tokenizer import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
@@ -87,7 +88,8 @@ class Run:
         many = dist.is_initialized()
         self.config, self.out = config, out
         self.mesh = Mesh.build(Layout.from_config(config, dist.get_world_size() if many else 1))
-        self.main = not many or dist.get_rank() == 0
+        self.rank = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
+        self.main = self.rank[0] == 0
         self.device = device_of(config)
         tokenizer = load_tokenizer(config.data.tokenizer)
         prepare_out(out, self.main)
@@ -111,11 +113,16 @@ class Run:
             raise UserError(f"trainer.max_steps must be at least the {self.step} steps that {out} has been trained for, "
                             f"got {config.trainer.max_steps}; raise it, or use another --out")
 
+<<<<<<< HEAD
     def _skipped(self, why: str) -> None:
         if self.main:
             print(f"interlace: {why}; going on from the one before", file=sys.stderr, flush=True)
 
     def train(self) -> None:
+=======
+    def train(self, profile: int = 0) -> None:
+        """profile: steps to trace (profile.py), after two that are not where there are so many."""
+>>>>>>> 77d68cc3d56015ec84fe08c7f9da14c119f8f6be
         c, log, progress = self.config, None, None
         if self.main:
             new = self.out / ".config.yaml"
@@ -125,11 +132,16 @@ class Run:
                                                                            every=c.trainer.log_every_n_steps)
         self.model.train()
         tokens = c.model.global_batch_size * c.model.seq_length
+        left = c.trainer.max_steps - self.step
+        skip = min(2, left - 1)
+        watch = Profile(self.out, "trace", *self.rank, skip=skip, steps=min(profile, left - skip)) if profile and left else None
         try:
             while self.step < c.trainer.max_steps:
                 start = time.perf_counter()
                 loss, norm, lr = self.train_step()
                 seconds = time.perf_counter() - start
+                if watch is not None:
+                    watch.step()
                 row = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_per_second": tokens / seconds,
                        "seconds": seconds, "samples": self.samples, "tokens": self.step * tokens, **self.balance()}
                 if log is not None and progress is not None:
@@ -143,6 +155,8 @@ class Run:
             if log is not None and progress is not None:
                 progress.close()
                 log.close()
+            if watch is not None:
+                watch.close()
         if self.main:
             plot_loss(self.out)
 
@@ -214,15 +228,15 @@ def prepare_out(out: Path, main: bool) -> None:
         raise UserError(f"--out must be a folder that can be written, got {out}: {e.strerror or e}; choose another") from None
 
 
-def train(config: Config, out: str | Path) -> int:
-    """`interlace train`: train to trainer.max_steps, going on from what `out` holds. Returns the exit status."""
+def train(config: Config, out: str | Path, profile: int = 0) -> int:
+    """`interlace train`: train to trainer.max_steps, going on from what `out` holds; trace `profile` steps. Returns the exit status."""
     run = Run(config, Path(out))
     if run.main and run.device.type == "cpu" and (why := not_built()):
         print(f"interlace: the C++ ops are not built here, the slower references run: {why}", file=sys.stderr, flush=True)
     if run.main and run.step == config.trainer.max_steps:
         print(f"{out} is trained to step {run.step} already; raise trainer.max_steps to go on")
     try:
-        run.train()
+        run.train(profile)
     except OSError as e:
         if isinstance(e, TimeoutError):                               # of a collective, not of a file
             raise

@@ -20,7 +20,8 @@ from interlace.bench.ops import OPS, pick
 from interlace.bench.peers import installed, liger
 from interlace.bench.provenance import machine, provenance
 from interlace.kernels import rms_norm_ref
-from interlace.parallel.errors import UserError
+from interlace.launch import launch
+from interlace.parallel.errors import RunError, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 CASE = Case("double", "tiny", {"N": 8}, direction="fwd+bwd")
@@ -93,6 +94,34 @@ def test_noisy():
     assert harness.noisy([1.0, 1.5] * 15, steady)                     # wide
     drifting = [1.0] * 15 + [1.12] * 15
     assert harness.noisy(drifting, steady) and not harness.noisy(drifting, drifting[:15] + drifting[15:])
+    assert harness.noisy([1.0, 1.12] * 15, [1.0] * 30), "every other round tells another story"
+    few, many = [1.0, 1.05, 1.2, 1.0, 1.05, 1.2, 1.05, 1.0, 1.05], [1.0, 1.05, 1.2, 1.0, 1.05, 1.2, 1.05, 1.0, 1.05] * 6
+    assert harness.noisy(few, [1.0] * 9) and not harness.noisy(many, [1.0] * 54), "the same scatter says more in more rounds"
+
+
+def test_the_noise_mark_foresees_a_second_run():
+    """Pairs of runs drawn from one distribution, at several scatters: hardly one differs by over 10% in its ratio unmarked."""
+    draw, unmarked, marked = torch.Generator().manual_seed(0), 0, 0
+    for i in range(600):
+        n, sigma = (9, 20, 60)[i % 3], (0.02, 0.05, 0.1, 0.2)[i % 4]
+        runs = [[(sigma * torch.randn((), generator=draw)).exp().item() for _ in range(n)] for _ in range(2)]
+        a, b = (statistics.median(r) for r in runs)
+        mark = any(harness.noisy(r, [1.0] * n) for r in runs)
+        marked += mark
+        unmarked += not mark and max(a / b, b / a) > 1.1
+    assert unmarked <= 6 and 0.2 * 600 < marked < 0.7 * 600, (unmarked, marked)
+
+
+def test_do_two_runs_agree():
+    ours = {"op": "a", "way": "interlace", "device": "cpu", "case": {"N": 1}, "ratio": 1.0, "noisy": False, "loaded": False}
+    peer = {**ours, "way": "torch eager", "ratio": 2.0}
+    old = {rows.key(r): r for r in (ours, peer)}
+    assert rows.agreement([ours, {**peer, "ratio": 2.15}], old) == (1, 0, [])
+    assert rows.agreement([ours, {**peer, "ratio": 1.7}], old) == (1, 0, ["a  1, torch eager: 2.00, now 1.70"])
+    for mark in ("noisy", "loaded"):
+        assert rows.agreement([ours, {**peer, "ratio": 1.7, mark: True}], old) == (1, 1, [])
+        assert rows.agreement([{**ours, mark: True}, {**peer, "ratio": 1.7}], old) == (1, 1, []), "ours is half of the ratio"
+    assert rows.agreement([ours, {**peer, "case": {"N": 2}}], old)[0] == 0
 
 
 def test_overlap():
@@ -124,6 +153,28 @@ def test_provenance():
     assert {"date", "hardware", "versions", "commit", "dirty", "clocks", "load", "seed", "threads", "command", "malloc_tuned"} <= {*found}
     assert found["seed"] == 3 and {"torch", "triton", "interlace", "python"} <= {*found["versions"]}
     json.dumps(found)
+
+
+def test_provenance_of_a_rank_names_the_users_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/interlace", "bench", "a b", "--quick"])
+    assert launch(2, "launch_targets:command", {"wanted": "interlace bench 'a b' --quick"}) == 0
+
+
+def test_a_machine_under_load(monkeypatch, capsys):
+    """Warned at the start, marked in the row: somebody else's process takes a core while we measure."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 1.0, 1.0))
+    command._warn_of_load()
+    assert f"under load (9.0 on {os.cpu_count()} cores)" in capsys.readouterr().err
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    command._warn_of_load()
+    assert capsys.readouterr().err == ""
+    hog = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        row = measured(tiny(), budget=1.0, rounds=(9, 2000))["interlace"]
+    finally:
+        hog.kill()
+        hog.wait()
+    assert row["loaded"] and row["busy_cores"] > 0.25
 
 
 def test_harness_costs_less_than_1_percent():
@@ -191,18 +242,27 @@ def test_absent_peers_are_named(monkeypatch, tmp_path):
     assert found[0]["absent"] == {"broken": broken} and f"absent: broken: {broken} (double)" in report.footnotes(found)
 
 
-def test_ctrl_c_keeps_the_rows(tmp_path):
-    proc = subprocess.Popen([sys.executable, "-m", "interlace", "bench", "rms_norm", "--quick", "--out", str(tmp_path)],
+def test_a_full_disk_stops_with_words(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(pathlib.Path, "open", full)
+    with pytest.raises(RunError, match="--out must be writable during a run, got No space left on device"):
+        rows.append(tmp_path, "rope", [{"op": "rope"}], "r", {})
+
+
+@pytest.mark.parametrize("op", ["rms_norm", pytest.param("gemm_ar", id="gemm_ar, 2 ranks")])
+def test_ctrl_c_keeps_the_rows(tmp_path, op):
+    proc = subprocess.Popen([sys.executable, "-m", "interlace", "bench", op, "--quick", "--out", str(tmp_path)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
-    while not (tmp_path / "rms_norm.jsonl").exists() and proc.poll() is None and time.monotonic() < end:
+    while not (tmp_path / f"{op}.jsonl").exists() and proc.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     proc.send_signal(signal.SIGINT)
     out, err = proc.communicate(timeout=60)
     assert proc.returncode == 130 and "interrupted" in err and "Traceback" not in err, err
-    assert "% of roof" in out and "rms_norm small" in out
-    for line in (tmp_path / "rms_norm.jsonl").read_text().splitlines():
-        assert json.loads(line)["op"] == "rms_norm"
+    assert "% of roof" in out and f"{op} small" in out
+    for line in (tmp_path / f"{op}.jsonl").read_text().splitlines():
+        assert json.loads(line)["op"] == op
 
 
 # ---- the command line -----------------------------------------------------------------------------------------
@@ -211,7 +271,9 @@ def test_ctrl_c_keeps_the_rows(tmp_path):
 @pytest.mark.parametrize("words, wanted", [
     (["rmsnorm"], "did you mean rms_norm"), (["rms_norm", "gem_ar"], "did you mean gemm_ar"), (["zzz"], "did you mean rms_norm or"),
     (["--threshold", "0.5"], "--threshold must be >= 1"), (["--nproc", "0"], "--nproc must be >= 1"),
-    (["--against", "/nope.jsonl"], "cannot be read"), (["--quik"], "did you mean --quick?")])
+    (["--against", "/nope.jsonl"], "cannot be read"), (["--quik"], "did you mean --quick?"),
+    (["rope", "--out", "/dev/null/x"], "--out must be a folder that can be written, got /dev/null/x"),
+    (["rope", "--out", "/proc/sys"], "--out must be a folder that can be written, got /proc/sys")])
 def test_mistakes(capsys, words, wanted):
     assert cli.main(["bench", *words]) == 2
     out, err = capsys.readouterr()

@@ -1,5 +1,7 @@
 """The runner of the GPU report, with stand-ins for its parts: what is cut short leaves what it had, and says so."""
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -51,3 +53,26 @@ def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, "-m", "interlace.bench.gpu_report"], capture_output=True, text=True,
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 2 and "needs a CUDA device" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_table_and_plots_come_from_the_rows(tmp_path, monkeypatch, capsys):
+    """A bench that is killed at its limit: the rows it wrote still become a table and plots, in the log and in the archive."""
+    measured, out = tmp_path / "measured", tmp_path / "out"
+    shutil.copytree(gpu_report.ROOT / "bench" / "results" / "amd-epyc-2c-avx512", measured)
+    rows = (measured / "rope.jsonl").read_text().splitlines()
+    last = {**json.loads(rows[-1]), "run": "99991231T000000-1"}
+    (measured / "rope.jsonl").write_text("\n".join([*rows, json.dumps(last), json.dumps(last)[:90]]))   # killed amid a line
+    monkeypatch.setattr(gpu_report, "MEASURED", measured)
+    monkeypatch.setattr(gpu_report, "AFTERWARDS", {"bench": (60, [*gpu_report.AFTERWARDS["bench"][1][:-1], str(measured)])})
+    slow = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    monkeypatch.setattr(gpu_report, "commands", lambda: {"bench": (2, [slow])})
+    monkeypatch.setattr(gpu_report.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a card")
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--out", str(out)])
+    assert gpu_report.main() == 1
+    log = (out / "bench.log").read_text()
+    assert "begun" in log and "best peer" in log and "1 rows; 2 plots" in log and "| bench | cut short |" in (out / "report.md").read_text()
+    with tarfile.open(out / "bench.tar.gz") as tar:
+        assert {"bench/rope.jsonl", "bench/plots/rope.png", "bench/plots/rope.svg"} <= {*tar.getnames()}
+    assert len([*out.iterdir()]) <= 8

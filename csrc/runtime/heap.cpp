@@ -142,12 +142,12 @@ int wait_all(Heap& h, uint32_t t, uint32_t op) {
   for (int i = 1; i < h.world; i++) {
     const int q = (h.rank + i) % h.world;
     const std::atomic<uint32_t>& epoch = h.line[q].epoch;
-    int tries = 0;
-    while (!reached(epoch.load(std::memory_order_acquire), t)) {
+    if (reached(epoch.load(std::memory_order_acquire), t)) continue;
+    const Recorded wait(h, op, h.peers[q].global_rank, 0);
+    for (int tries = 0; !reached(epoch.load(std::memory_order_acquire), t); tries++) {
       if (tries < h.spin) pause();
       else if (tries < h.spin + h.yields) sched_yield();
       else if (const int rc = wait_long(h, q, t, op)) return rc;
-      tries++;
     }
   }
   if (h.delay_us) usleep(useconds_t(h.delay_us));

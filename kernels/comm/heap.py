@@ -30,6 +30,7 @@ __all__ = ["CODES", "CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHe
 
 # Codes of the sums in csrc/runtime/heap.h; other types travel as bytes, as code 6 + itemsize.
 CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.int32: 5}
+OPS = ("barrier", "all_reduce", "all_gather", "reduce_scatter", "all_to_all")   # enum Op of csrc/runtime/heap.h
 SHM = "/dev/shm"
 
 
@@ -72,6 +73,12 @@ next(_watch)
 _POLLER = _POLL(_watch.__next__)
 
 
+class Span(ctypes.Structure):
+    """A collective (peer -1), or a wait in it for global rank `peer`. Nanoseconds of CLOCK_REALTIME; op: an index of OPS."""
+    _fields_ = [*((name, ctypes.c_int64) for name in ("begin", "end", "bytes")),
+                *((name, ctypes.c_int32) for name in ("op", "peer", "thread")), ("group", ctypes.c_char * 36)]
+
+
 def _load() -> tuple[Any, str]:
     """The runtime library and "", or None and why not."""
     path = Path(__file__).parents[1] / "_runtime.so"
@@ -89,8 +96,13 @@ def _load() -> tuple[Any, str]:
         ("heap_error", s, (p,)), ("heap_data", p, (p,)), ("heap_next", p, (p, n)), ("heap_on_wait", None, (p, _POLL)),
         ("heap_test", None, (p, i, i)), ("heap_tune", None, (p, i, i, n, n)), ("barrier", i, (p,)),
         ("all_reduce", i, (p, p, p, n, i, i)), ("all_gather", i, (p, p, p, n, n, i)),
+<<<<<<< HEAD
         ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, n, n, i)),
         ("dispatch", i, (p, p, p, p, p, p, n, n, n, n, n, n, n, i)), ("combine", i, (p, p, p, p, p, p, n, n, n, n, n, i)),
+=======
+        ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, n, n, i)), ("record", None, (i,)),
+        ("spans", n, (ctypes.POINTER(Span), n, ctypes.POINTER(n))),
+>>>>>>> 77d68cc3d56015ec84fe08c7f9da14c119f8f6be
     ):
         fn = getattr(lib, f"interlace_{name}")
         fn.restype, fn.argtypes = result, args
@@ -98,6 +110,23 @@ def _load() -> tuple[Any, str]:
 
 
 LIB, WHY_NOT = _load()
+
+
+def record(on: bool) -> None:
+    """Begin (anew) or end to keep a span of every collective over a heap of this process, and of every wait in it."""
+    if LIB is not None:
+        LIB.interlace_record(on)
+
+
+def recorded() -> tuple[list[Span], int]:
+    """The spans since `record(True)`, and how many more there were: the first million is kept."""
+    if LIB is None:
+        return [], 0
+    lost = ctypes.c_int64()
+    many = (Span * LIB.interlace_spans(None, 0, lost))()
+    LIB.interlace_spans(many, len(many), lost)
+    return list(many), lost.value
+
 
 # ---- the heap -------------------------------------------------------------------------------------------------
 
