@@ -113,16 +113,12 @@ class Run:
             raise UserError(f"trainer.max_steps must be at least the {self.step} steps that {out} has been trained for, "
                             f"got {config.trainer.max_steps}; raise it, or use another --out")
 
-<<<<<<< HEAD
     def _skipped(self, why: str) -> None:
         if self.main:
             print(f"interlace: {why}; going on from the one before", file=sys.stderr, flush=True)
 
-    def train(self) -> None:
-=======
     def train(self, profile: int = 0) -> None:
         """profile: steps to trace (profile.py), after two that are not where there are so many."""
->>>>>>> 77d68cc3d56015ec84fe08c7f9da14c119f8f6be
         c, log, progress = self.config, None, None
         if self.main:
             new = self.out / ".config.yaml"

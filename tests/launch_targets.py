@@ -74,7 +74,6 @@ def waits(folder, stubborn=False):
     dist.all_reduce(torch.ones(1))
 
 
-<<<<<<< HEAD
 class _Fails(torch.autograd.Function):
     """Ends this rank in the middle of a backward."""
 
@@ -113,10 +112,10 @@ def waits_in_finish(folder):
         time.sleep(600)
     Path(folder, "waiting").write_text("")
     ddp.finish()
-=======
+
+
 def command(wanted):
     from interlace.bench.provenance import provenance
     _meet()
     found = provenance()["command"]
     assert found == wanted, found
->>>>>>> 77d68cc3d56015ec84fe08c7f9da14c119f8f6be

@@ -12,10 +12,11 @@ constexpr int64_t SIZES[] = {8, 4, 2, 2, 8, 4};
 
 // One collective: refused while another thread is inside, and after an error that left the ranks out of step.
 struct Call {
+  const Recorded span;
   Heap& h;
   int rc = OK;
   bool staged = false;  // src is my buffer of the coming tick
-  Call(Heap* heap, uint32_t op, const void* src, int64_t bytes) : h(*heap) {
+  Call(Heap* heap, uint32_t op, const void* src, int64_t bytes) : span(*heap, op, -1, bytes), h(*heap) {
     if (h.busy.test_and_set(std::memory_order_acquire)) {
       rc = BUSY;
       return;

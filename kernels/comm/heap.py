@@ -30,7 +30,7 @@ __all__ = ["CODES", "CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHe
 
 # Codes of the sums in csrc/runtime/heap.h; other types travel as bytes, as code 6 + itemsize.
 CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.int32: 5}
-OPS = ("barrier", "all_reduce", "all_gather", "reduce_scatter", "all_to_all")   # enum Op of csrc/runtime/heap.h
+OPS = ("barrier", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "dispatch", "combine")   # enum Op of csrc/runtime/heap.h
 SHM = "/dev/shm"
 
 
@@ -96,13 +96,9 @@ def _load() -> tuple[Any, str]:
         ("heap_error", s, (p,)), ("heap_data", p, (p,)), ("heap_next", p, (p, n)), ("heap_on_wait", None, (p, _POLL)),
         ("heap_test", None, (p, i, i)), ("heap_tune", None, (p, i, i, n, n)), ("barrier", i, (p,)),
         ("all_reduce", i, (p, p, p, n, i, i)), ("all_gather", i, (p, p, p, n, n, i)),
-<<<<<<< HEAD
-        ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, n, n, i)),
-        ("dispatch", i, (p, p, p, p, p, p, n, n, n, n, n, n, n, i)), ("combine", i, (p, p, p, p, p, p, n, n, n, n, n, i)),
-=======
         ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, n, n, i)), ("record", None, (i,)),
         ("spans", n, (ctypes.POINTER(Span), n, ctypes.POINTER(n))),
->>>>>>> 77d68cc3d56015ec84fe08c7f9da14c119f8f6be
+        ("dispatch", i, (p, p, p, p, p, p, n, n, n, n, n, n, n, i)), ("combine", i, (p, p, p, p, p, p, n, n, n, n, n, i)),
     ):
         fn = getattr(lib, f"interlace_{name}")
         fn.restype, fn.argtypes = result, args
