@@ -22,7 +22,7 @@ def shapes(sweep: str) -> dict[str, dict[str, int]]:
             "fine": {"T": T, "H": 1024, "K": 8, "E": 64}, "odd": {"T": 333, "H": 129, "K": 3, "E": 13}}
 
 
-cases = grid(("dispatch",), shapes, passes=("fwd", "fwd+bwd"))
+cases = grid(("dispatch",), shapes)
 
 
 class Eager:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,6 @@ from ..parallel.deferred import Deferred
 from ..parallel.expert_parallel import MoELayer, RouterOptions
 from ..parallel.layout import stage_layers, stages_of_rank
 from ..parallel.mesh import Axis, Mesh
-from ..parallel.pipeline_parallel import Pipeline
 from ..parallel.sharding import init_parameters, replicated, set_pieces
 from ..parallel.tensor_parallel import (
     ColumnParallelLinear,
@@ -180,6 +180,11 @@ class GPT(nn.Module):
     of samples, which dropout masks depend on. With pp > 1 `stages` gives the parts that `Pipeline` runs.
     """
 
+    embed_tokens: Any                                                 # these four: None on the stages that have none
+    position_embeddings: Any
+    norm: Any
+    lm_head: Any
+
     def __init__(self, cfg: ModelConfig, mesh: Mesh | None = None, *, vocab_size: int, seed: int = 0,
                  dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -209,7 +214,7 @@ class GPT(nn.Module):
             self.lm_head = ParallelHead(self.embed_tokens or table(), tied=tied, init_std=cfg.init_method_std)
         if tied and self.first != self.last:
             self.embed_tokens.weight.stages = 2
-        self.pipeline: Pipeline | None = None                         # made with the first step (models/train.py)
+        self.pipeline: Any = None                                     # a Pipeline, made with the first step (models/train.py)
         init_parameters(self, seed)
 
     def embed(self, ids: Tensor, first_sample: int = 0) -> Tensor:
@@ -266,6 +271,8 @@ class GPT(nn.Module):
 class Stage(nn.Module):
     """One stage as a module of its own, over parameters that stay the model's: (ids or h), labels, first_sample -> h, or in the last
     stage the loss, [1], times loss_scale: 1 / micro-batches of a step."""
+
+    model: GPT
 
     def __init__(self, model: GPT, index: int):
         super().__init__()

@@ -154,6 +154,7 @@ class DistributedDataParallel(nn.Module):
     def __init__(self, module: nn.Module, mesh: Mesh | None = None, *, bucket_size: int | None = None,
                  use_distributed_optimizer: bool = False):
         super().__init__()
+        self.module: Any
         self.module, self.mesh, self.sharded = module, mesh or Mesh(), use_distributed_optimizer
         order = [p for p in reversed(list(module.parameters())) if p.requires_grad]
         alike: dict[tuple, list[nn.Parameter]] = {}

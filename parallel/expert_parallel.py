@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,10 @@ class MoELayer(nn.Module):
     Raises: ValueError where the sequence does not divide over tp.
     """
 
+    tokens_per_expert: Tensor                                         # what the layer saw: see Statistics
+    dropped: Tensor
+    losses: Tensor
+
     def __init__(self, hidden_size: int, ffn_size: int, num_experts: int, options: RouterOptions, mesh: Mesh | None = None, *,
                  sequence_parallel: bool = False, shared: nn.Module | None = None, shared_gate: bool = False,
                  activation: str = "swiglu", init_std: float = 0.02, output_std: float = 0.02, dtype: torch.dtype | None = None):
@@ -133,10 +138,12 @@ class MoELayer(nn.Module):
         self.gate = TopKRouter(hidden_size, num_experts, options, tp=mesh.tp, partial=mesh.tp.size > 1, init_std=init_std, dtype=dtype)
         self.experts = Experts(hidden_size, ffn_size, num_experts, ep=mesh.ep, activation=activation, init_std=init_std,
                                output_std=output_std, dtype=dtype)
-        self.shared_expert, self.shared_expert_gate = shared, None
+        self.shared_expert = shared
+        self.shared_expert_gate: nn.Linear | None = None
         if shared is not None and shared_gate:
             self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, dtype=dtype)
-            set_pieces(self.shared_expert_gate.weight, replicated((1, hidden_size), mesh.tp, sequence_parallel), std=init_std)
+            gate: Any = self.shared_expert_gate.weight
+            set_pieces(gate, replicated((1, hidden_size), mesh.tp, sequence_parallel), std=init_std)
         for name, kind in (("tokens_per_expert", torch.int64), ("losses", torch.float64), ("dropped", torch.int64)):
             shape = {"tokens_per_expert": (num_experts,), "losses": (2,), "dropped": (1,)}[name]
             self.register_buffer(name, torch.zeros(shape, dtype=kind), persistent=False)
@@ -170,7 +177,7 @@ class MoELayer(nn.Module):
             rows = dispatch(flat, far)
             y = expert_mlp(rows, e.up.weight, e.down.weight, far.offsets, far.probs(routing.probs), activation=e.activation)
             o = combine(y, far)
-        losses = self._losses(routing, S * t, B)
+        losses = self.balancing_losses(routing, S * t, B)
         if torch.is_grad_enabled():
             dropped = (routing.ids >= 0).sum() - (ids >= 0).sum()
             o = _WithLosses.apply(o, losses, self, routing.counts, dropped)
@@ -188,7 +195,7 @@ class MoELayer(nn.Module):
         kept = plan.row_of_slot[self.tp.rank * ids.shape[0]:][:ids.shape[0]] >= 0
         return torch.where(kept, ids, -1)
 
-    def _losses(self, routing: Routing, sequence: int, samples: int) -> Tensor:
+    def balancing_losses(self, routing: Routing, sequence: int, samples: int) -> Tensor:
         """[2] this rank's part of the load-balancing loss and of the z-loss; over tp they add up to the micro-batch's."""
         o, none = self.options, routing.lse.new_zeros(())
         aux = z = none
