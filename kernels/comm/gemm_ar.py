@@ -13,9 +13,10 @@ still in cache: no copy-in. There is no overlap on a CPU; the gain is the faster
 import torch
 from torch import Tensor
 
-from .collectives import Group, all_reduce
+from .collectives import all_reduce
 from .gemm import check_gemm, gemm
 from .heap import heap_of
+from .registry import Group, register
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -46,36 +47,44 @@ def reduced_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
     return y
 
 
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _gemm_ar_run(x: Tensor, w: Tensor, group: Group) -> Tensor:
+    return reduced_product(_flat(x), w.t(), group).view(*x.shape[:-1], w.shape[0])
+
+
+def _copy_gemm_run(x: Tensor, w: Tensor, group: Group) -> Tensor:
+    return gemm(_flat(x), w.t()).view(*x.shape[:-1], w.shape[0])
+
+
 # ---- autograd -------------------------------------------------------------------------------------------------
 
 
-class _GemmAR(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w, group):
-        ctx.save_for_backward(x, w)
-        return reduced_product(x.reshape(-1, x.shape[-1]), w.t(), group).view(*x.shape[:-1], w.shape[0])
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        dy2 = dy.reshape(-1, dy.shape[-1])
-        return gemm(dy2, w).view_as(x), gemm(dy2.t(), x.reshape(-1, x.shape[-1])), None
+def _setup(ctx, inputs, output):
+    x, w, ctx.group = inputs
+    ctx.save_for_backward(x, w)
 
 
-class _CopyGemm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w, group):
-        ctx.save_for_backward(x, w)
-        ctx.group = group
-        return gemm(x.reshape(-1, x.shape[-1]), w.t()).view(*x.shape[:-1], w.shape[0])
+def _gemm_ar_backward(ctx, dy):
+    x, w = ctx.saved_tensors
+    dx = gemm(_flat(dy), w).view(x.shape) if ctx.needs_input_grad[0] else None
+    return dx, gemm(_flat(dy).t(), _flat(x)) if ctx.needs_input_grad[1] else None, None
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        dy2 = dy.reshape(-1, dy.shape[-1])
-        dx = reduced_product(dy2, w, ctx.group).view_as(x) if ctx.needs_input_grad[0] else None
-        return dx, gemm(dy2.t(), x.reshape(-1, x.shape[-1])), None
 
+def _copy_gemm_backward(ctx, dy):
+    x, w = ctx.saved_tensors
+    dx = _gemm_ar(dy, w.t(), ctx.group) if ctx.needs_input_grad[0] else None
+    return dx, gemm(_flat(dy).t(), _flat(x)) if ctx.needs_input_grad[1] else None, None
+
+
+def _fake(x: Tensor, w: Tensor, world: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], w.shape[0])
+
+
+_gemm_ar = register("gemm_ar(Tensor x, Tensor w, str group) -> Tensor", _gemm_ar_run, _fake, _setup, _gemm_ar_backward)
+_copy_gemm = register("copy_gemm(Tensor x, Tensor w, str group) -> Tensor", _copy_gemm_run, _fake, _setup, _copy_gemm_backward)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 
@@ -85,7 +94,7 @@ def gemm_ar(x: Tensor, w: Tensor, group: Group = None) -> Tensor:
 
     Args: x [..., K/t], w [N, K/t] of one dtype. Returns: y [..., N]. Raises: ValueError on shapes or dtypes."""
     check_gemm("gemm_ar", x, w)
-    return _GemmAR.apply(x, w, group)
+    return _gemm_ar(x, w, group)
 
 
 def copy_gemm(x: Tensor, w: Tensor, group: Group = None) -> Tensor:
@@ -93,4 +102,4 @@ def copy_gemm(x: Tensor, w: Tensor, group: Group = None) -> Tensor:
 
     Args: x [..., K], w [N/t, K] of one dtype. Returns: y [..., N/t]. Raises: ValueError on shapes or dtypes."""
     check_gemm("copy_gemm", x, w)
-    return _CopyGemm.apply(x, w, group)
+    return _copy_gemm(x, w, group)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..dispatch import build_info
 
-__all__ = ["CODES", "CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHeap", "heap_of"]
+__all__ = ["CODES", "CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHeap", "by_hand", "heap_of"]
 
 # Codes of the sums in csrc/runtime/heap.h; other types travel as bytes, as code 6 + itemsize.
 CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.int32: 5}
@@ -98,6 +98,9 @@ def _load() -> tuple[Any, str]:
 
 LIB, WHY_NOT = _load()
 
+by_hand: weakref.WeakValueDictionary[str, "SymmHeap"] = weakref.WeakValueDictionary()   # by group_name, for ops (registry.py)
+_count = itertools.count()
+
 # ---- the heap -------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +147,8 @@ class SymmHeap:
                  directory: str = SHM, _buffers: int = 2):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.name = name or next((n for n in (group.group_desc, group.group_name) if n and n != "undefined"), "?")
+        self.group_name = f"{group.group_name}/heap {next(_count)}"   # as an op's schema names it, here and on no other rank
+        by_hand[self.group_name] = self
         self.nbytes = -(-max(nbytes, 64 * self.size) // 4096) * 4096         # pages, and a cache line for each rank
         self._segment: _Segment | None = None
         self.handle, self._base = 0, 0
