@@ -8,15 +8,17 @@ Numerics  the product in the type's own GEMM, then a sum in rank order with fp32
 Source    f and g of Megatron-LM, arXiv:1909.08053
 
 On a CPU the product is written straight into this rank's slot of the heap, block by block, and reduced from there while
-still in cache: no copy-in. There is no overlap on a CPU; the gain is the faster collective and the saved pass.
+still in cache: no copy-in. There is no overlap on a CPU, in the backward neither: the gain is the faster collective and the
+saved pass. Which path, and what it costs: choose.py.
 """
 import torch
 from torch import Tensor
 
+from .agree import agree, choose_path
 from .collectives import all_reduce
-from .gemm import check_gemm, gemm
-from .heap import heap_of
+from .gemm import check_gemm, gemm, wide
 from .registry import Group, register
+from .walk import summed_product
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -29,21 +31,27 @@ def gemm_ar_ref(x: Tensor, w: Tensor, group: Group) -> Tensor:
 
 
 def reduced_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
-    """all_reduce(a @ b) for 2-d a and b, staged in the heap where there is one."""
-    if group is None:
+    """all_reduce(a @ b) for 2-d a and b, by the path that `choose` names."""
+    path, heap = choose_path("gemm_ar", a.shape[0], b.shape[1], a.shape[1], a, group)
+    if path.name == "one rank":
         return gemm(a, b)
-    heap = heap_of(group) if a.device.type == "cpu" else None
-    if heap is None:
-        return all_reduce(gemm(a, b), group)
-    (M, _), (_, N) = a.shape, b.shape
-    y = a.new_empty(M, N)
-    step = heap.nbytes // max(1, N * a.element_size())              # rows that fit a slot
-    if step == 0 or M == 0:
-        return all_reduce(gemm(a, b), heap, out=y)
-    for i in range(0, M, step):
+    (M, _), N = a.shape, b.shape[1]
+    if path.name == "heap, walked":
+        return summed_product("gemm_ar", a, b, heap, 0, M)
+    if path.name != "heap, staged":
+        y = gemm(a, b)
+        if heap is None:
+            agree("gemm_ar", group, rows=M, cols=N, dtype=a.dtype)
+        else:
+            heap.serve("gemm_ar", M, N)
+        return all_reduce(y, heap or group, out=y)
+    y, b = a.new_empty(M, N), wide(b)
+    step = heap.nbytes // max(1, N * a.element_size())               # rows that fit a slot
+    for i in range(0, max(M, 1), step):
         rows = a[i:i + step]
-        block = heap.stage((rows.shape[0], N), a.dtype)
-        all_reduce(gemm(rows, b, out=block), heap, out=y[i:i + step])
+        block = gemm(rows, b, out=heap.stage((rows.shape[0], N), a.dtype))
+        heap.serve("gemm_ar", M, N)
+        all_reduce(block, heap, out=y[i:i + step])
     return y
 
 

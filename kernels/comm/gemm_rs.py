@@ -11,10 +11,11 @@ Source    sequence parallelism, arXiv:2205.05198
 import torch
 from torch import Tensor
 
+from .agree import agree, choose_path
 from .collectives import _gather, all_gather, reduce_scatter
 from .gemm import check_gemm, gemm
-from .heap import heap_of
 from .registry import Group, group_size, register
+from .walk import gathered_product, summed_product
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -31,14 +32,20 @@ def ag_gemm_ref(x: Tensor, w: Tensor, group: Group) -> Tensor:
 
 
 def scattered_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
-    """reduce_scatter(a @ b, dim 0) for 2-d a and b, staged in the heap where the product fits a slot."""
-    if group is None:
+    """reduce_scatter(a @ b, dim 0) for 2-d a and b, by the path that `choose` names."""
+    (M, _), N = a.shape, b.shape[1]
+    path, heap = choose_path("gemm_rs", M, N, a.shape[1], a, group)
+    if path.name == "one rank":
         return gemm(a, b)
-    heap = heap_of(group) if a.device.type == "cpu" else None
+    if path.name == "heap, walked":
+        part = M // heap.size
+        return summed_product("gemm_rs", a, b, heap, heap.rank * part, (heap.rank + 1) * part)
+    y = gemm(a, b, out=heap.stage((M, N), a.dtype) if path.name == "heap, staged" else None)
     if heap is None:
-        return reduce_scatter(gemm(a, b), group)
-    block = heap.stage((a.shape[0], b.shape[1]), a.dtype)
-    return reduce_scatter(gemm(a, b, out=block), heap)
+        agree("gemm_rs", group, rows=M, cols=N, dtype=a.dtype)
+    else:
+        heap.serve("gemm_rs", M, N)
+    return reduce_scatter(y, heap or group)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -51,10 +58,18 @@ def _gemm_rs_run(x: Tensor, w: Tensor, group: Group) -> Tensor:
 
 
 def _ag_gemm_run(x: Tensor, w: Tensor, gathered: bool, group: Group) -> tuple[Tensor, Tensor]:
-    t = group_size(group)
-    xs = all_gather(_flat(x), group)
-    y = gemm(xs, w.t()).view(x.shape[0] * t, *x.shape[1:-1], w.shape[0])
-    return y, xs if gathered else x.new_empty(0)
+    """y, and the gathered x where it is wanted, which takes one piece of memory: no walk then."""
+    rows, b, none = _flat(x), w.t(), x.new_empty(0)
+    path, heap = choose_path("ag_gemm", *rows.shape, w.shape[0], x, group, whole=gathered)
+    shape = (x.shape[0] * group_size(group), *x.shape[1:-1], w.shape[0])
+    if path.name == "heap, walked":
+        return gathered_product(rows, b, heap).view(shape), none
+    if heap is not None:
+        heap.serve("ag_gemm", *rows.shape)
+    elif path.name != "one rank":
+        agree("ag_gemm", group, rows=rows.shape[0], cols=rows.shape[1], dtype=x.dtype)
+    xs = all_gather(rows, heap or group)
+    return gemm(xs, b).view(shape), xs if gathered else none
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------
