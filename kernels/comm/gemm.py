@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dispatch import cpu_flags
 
-__all__ = ["check_gemm", "gemm", "slow", "wide"]
+__all__ = ["check_gemm", "flat", "gemm", "slow", "wide"]
 
 _FAST = {torch.bfloat16: bool(cpu_flags() & {"avx512_bf16", "amx_bf16"}), torch.float16: bool(cpu_flags() & {"avx512_fp16", "amx_fp16"})}
 BLOCK = 1 << 20                                                       # bytes of the fp32 copies of a block of rows
@@ -50,6 +50,11 @@ def gemm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         rows, part = room[:n * K].view(n, K), room[n * K:n * (K + N)].view(n, N)
         y[i:i + n].copy_(torch.mm(rows.copy_(a[i:i + n]), b, out=part))
     return y
+
+
+def flat(x: Tensor) -> Tensor:
+    """[..., K] -> [M, K]"""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def check_gemm(op: str, x: Tensor, w: Tensor) -> None:

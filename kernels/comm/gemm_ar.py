@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .agree import agree, choose_path
 from .collectives import all_reduce
-from .gemm import check_gemm, gemm, wide
+from .gemm import check_gemm, flat, gemm, wide
 from .registry import Group, register
 from .walk import summed_product
 
@@ -55,16 +55,12 @@ def reduced_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
     return y
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 def _gemm_ar_run(x: Tensor, w: Tensor, group: Group) -> Tensor:
-    return reduced_product(_flat(x), w.t(), group).view(*x.shape[:-1], w.shape[0])
+    return reduced_product(flat(x), w.t(), group).view(*x.shape[:-1], w.shape[0])
 
 
 def _copy_gemm_run(x: Tensor, w: Tensor, group: Group) -> Tensor:
-    return gemm(_flat(x), w.t()).view(*x.shape[:-1], w.shape[0])
+    return gemm(flat(x), w.t()).view(*x.shape[:-1], w.shape[0])
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------
@@ -77,14 +73,14 @@ def _setup(ctx, inputs, output):
 
 def _gemm_ar_backward(ctx, dy):
     x, w = ctx.saved_tensors
-    dx = gemm(_flat(dy), w).view(x.shape) if ctx.needs_input_grad[0] else None
-    return dx, gemm(_flat(dy).t(), _flat(x)) if ctx.needs_input_grad[1] else None, None
+    dx = gemm(flat(dy), w).view(x.shape) if ctx.needs_input_grad[0] else None
+    return dx, gemm(flat(dy).t(), flat(x)) if ctx.needs_input_grad[1] else None, None
 
 
 def _copy_gemm_backward(ctx, dy):
     x, w = ctx.saved_tensors
     dx = _gemm_ar(dy, w.t(), ctx.group) if ctx.needs_input_grad[0] else None
-    return dx, gemm(_flat(dy).t(), _flat(x)) if ctx.needs_input_grad[1] else None, None
+    return dx, gemm(flat(dy).t(), flat(x)) if ctx.needs_input_grad[1] else None, None
 
 
 def _fake(x: Tensor, w: Tensor, world: int) -> Tensor:

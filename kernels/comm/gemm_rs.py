@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .agree import agree, choose_path
 from .collectives import _gather, all_gather, reduce_scatter
-from .gemm import check_gemm, gemm
+from .gemm import check_gemm, flat, gemm
 from .registry import Group, group_size, register
 from .walk import gathered_product, summed_product
 
@@ -48,18 +48,14 @@ def scattered_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
     return reduce_scatter(y, heap or group)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 def _gemm_rs_run(x: Tensor, w: Tensor, group: Group) -> Tensor:
     t = group_size(group)
-    return scattered_product(_flat(x), w.t(), group).view(x.shape[0] // t, *x.shape[1:-1], w.shape[0])
+    return scattered_product(flat(x), w.t(), group).view(x.shape[0] // t, *x.shape[1:-1], w.shape[0])
 
 
 def _ag_gemm_run(x: Tensor, w: Tensor, gathered: bool, group: Group) -> tuple[Tensor, Tensor]:
     """y, and the gathered x where it is wanted, which takes one piece of memory: no walk then."""
-    rows, b, none = _flat(x), w.t(), x.new_empty(0)
+    rows, b, none = flat(x), w.t(), x.new_empty(0)
     path, heap = choose_path("ag_gemm", *rows.shape, w.shape[0], x, group, whole=gathered)
     shape = (x.shape[0] * group_size(group), *x.shape[1:-1], w.shape[0])
     if path.name == "heap, walked":
@@ -85,7 +81,7 @@ def _gemm_rs_backward(ctx, dy):
     if not ctx.needs_input_grad[1]:
         return _ag_gemm(dy, w.t(), False, ctx.group)[0], None, None
     dx, dyg = _ag_gemm(dy, w.t(), True, ctx.group)
-    return dx, gemm(dyg.t(), _flat(x)), None
+    return dx, gemm(dyg.t(), flat(x)), None
 
 
 def _ag_gemm_setup(ctx, inputs, output):
@@ -97,7 +93,7 @@ def _ag_gemm_setup(ctx, inputs, output):
 def _ag_gemm_backward(ctx, dy, _):
     x, w = ctx.saved_tensors
     dx = _gemm_rs(dy, w.t(), ctx.group) if ctx.needs_input_grad[0] else None
-    dw = gemm(_flat(dy).t(), x if ctx.kept else _gather(_flat(x), ctx.group)) if ctx.needs_input_grad[1] else None
+    dw = gemm(flat(dy).t(), x if ctx.kept else _gather(flat(x), ctx.group)) if ctx.needs_input_grad[1] else None
     return dx, dw, None, None
 
 
