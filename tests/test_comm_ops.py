@@ -5,8 +5,18 @@ import torch.distributed as dist
 from ranks import run
 from torch.library import opcheck
 
-from interlace.kernels.comm import (SymmHeap, ag_gemm, all_gather, all_reduce, all_to_all, copy_gemm, gemm_ar, gemm_rs, reduce_scatter,
-                                    rs_residual_norm)
+from interlace.kernels.comm import (
+    SymmHeap,
+    ag_gemm,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    copy_gemm,
+    gemm_ar,
+    gemm_rs,
+    reduce_scatter,
+    rs_residual_norm,
+)
 from interlace.kernels.comm.registry import group_name, group_of, group_size
 
 OPS = torch.ops.interlace
@@ -46,7 +56,8 @@ def _compiled(rank, world, backend, by_hand):
         results = []
         for fn in (_mlp, torch.compile(_mlp, fullgraph=True, backend=backend)):
             g.manual_seed(rank)
-            x, w1, w2 = (torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in ((4 * world, 2, 16), (24, 16), (16, 24)))
+            x, w1, w2 = (torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_()
+                         for s in ((4 * world, 2, 16), (24, 16), (16, 24)))
             norm = torch.ones(16, dtype=torch.float64, requires_grad=True)
             y = fn(x, w1, w2, norm, group, sequence)
             y.square().mean().backward()
@@ -67,8 +78,8 @@ def test_inductor_as_eager():
 
 def _order(rank, world):
     """No pass may reorder two collectives or drop one whose result is not used: each takes the token of the one before."""
-    from torch._dynamo.backends.common import aot_autograd
     from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
     graphs = []
 
     def keep(gm, inputs):

@@ -1,6 +1,7 @@
 """Every number that `explain` prints against a real run: a model's tensors, a step's collectives, autograd's memory."""
 import itertools
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
@@ -73,8 +74,8 @@ def test_parameters_of_every_combination(tp):
 class Counted(TorchDispatchMode):
     """Counts the communication ops of this rank, by what they send."""
 
-    KINDS = {"all_reduce": "all-reduce", "gemm_ar": "all-reduce", "all_gather": "all-gather", "ag_gemm": "all-gather",
-             "reduce_scatter": "reduce-scatter", "gemm_rs": "reduce-scatter", "rs_residual_norm": "reduce-scatter"}
+    KINDS: ClassVar = {"all_reduce": "all-reduce", "gemm_ar": "all-reduce", "all_gather": "all-gather", "ag_gemm": "all-gather",
+                       "reduce_scatter": "reduce-scatter", "gemm_rs": "reduce-scatter", "rs_residual_norm": "reduce-scatter"}
 
     def __init__(self, t):
         super().__init__()

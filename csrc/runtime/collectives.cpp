@@ -29,7 +29,9 @@ struct Call {
       rc = h.fail(UNUSABLE, "%s: x lies in the heap but is not all of what stage() last returned; stage it again", op_name(op));
   }
   Desc desc(int dtype, int red, int64_t n) {
-    return Desc{op, uint32_t(dtype), uint32_t(red), staged, n, h.as ? h.rows : 0, h.as ? h.cols : 0};
+    Desc d{op, uint32_t(dtype), uint32_t(red), staged, n};
+    if (h.as) d.rows = h.rows, d.cols = h.cols, d.inner = h.inner;
+    return d;
   }
   ~Call() {
     if (rc == BUSY) return;
@@ -235,15 +237,16 @@ INTERLACE_API int interlace_barrier(Heap* heap) {
 // ---- fused ops: the caller computes between the steps, in the order heap.h tells ------------------------------------
 
 // The next collective works for fused op `op` over a matrix of rows x cols: it says so in its descriptor and its errors.
-INTERLACE_API void interlace_heap_as(Heap* h, int op, int64_t rows, int64_t cols) {
-  h->as = uint32_t(op), h->rows = rows, h->cols = cols;
+INTERLACE_API void interlace_heap_as(Heap* h, int op, int64_t rows, int64_t cols, int64_t inner) {
+  h->as = uint32_t(op), h->rows = rows, h->cols = cols, h->inner = inner;
 }
 
 // The opening tick: all ranks are about to walk the same matrix, or all are told who is not. The heap is taken until walk_end.
-INTERLACE_API int interlace_walk_begin(Heap* heap, int op, int64_t rows, int64_t cols, int dtype) {
+INTERLACE_API int interlace_walk_begin(Heap* heap, int op, int64_t rows, int64_t cols, int64_t inner, int dtype) {
   Call call(heap, uint32_t(op), nullptr, 0);
   if (call.rc) return call.rc;
-  if (const int rc = first_tick(*heap, heap->epoch() + 1, Desc{uint32_t(op), uint32_t(dtype), 0, 0, rows * cols, rows, cols})) return rc;
+  const Desc d{uint32_t(op), uint32_t(dtype), 0, 0, rows * cols, rows, cols, inner};
+  if (const int rc = first_tick(*heap, heap->epoch() + 1, d)) return rc;
   heap->as = uint32_t(op);
   call.rc = BUSY;  // stays taken
   return OK;

@@ -120,7 +120,7 @@ std::string describe(const Desc& d) {
   static const char* types[] = {"float64", "float32", "bfloat16", "float16", "int64", "int32"};
   std::string s = std::string(op_name(d.op)) + "(";
   if (d.op == ALL_REDUCE) s += d.red ? "max, " : "sum, ";
-  if (d.op >= GEMM_AR) s += std::to_string(d.rows) + " rows of " + std::to_string(d.cols) + ", ";
+  if (d.op >= GEMM_AR) s += std::to_string(d.rows) + " rows of " + std::to_string(d.cols) + ", K " + std::to_string(d.inner) + ", ";
   s += std::to_string(d.numel) + (d.dtype < 6 ? std::string(" x ") + types[d.dtype]
                                               : " elements of " + std::to_string(d.dtype - 6) + " bytes");
   return s + (d.staged ? ", staged)" : ")");

@@ -39,10 +39,10 @@ namespace interlace {
 struct Desc {
   uint32_t op, dtype, red, staged;
   int64_t numel;
-  int64_t rows = 0, cols = 0;  // of a fused op: of the matrix that is exchanged, all blocks of it
+  int64_t rows = 0, cols = 0, inner = 0;  // of a fused op: of the matrix that is exchanged, all blocks of it; its product's K
   bool operator==(const Desc& o) const {
     return op == o.op && dtype == o.dtype && red == o.red && staged == o.staged && numel == o.numel && rows == o.rows &&
-           cols == o.cols;
+           cols == o.cols && inner == o.inner;
   }
 };
 
@@ -82,8 +82,8 @@ struct Heap {
   int (*poll)() = nullptr;      // asked between slices of a long wait: nonzero to give up (a signal arrived)
   int poison = 0, delay_us = 0; // tests: fill a buffer with NaN before it is written, dawdle before it is read
   std::atomic_flag busy = ATOMIC_FLAG_INIT;
-  uint32_t as = 0;              // the fused op that the next collective works for, its rows and columns: in the descriptor
-  int64_t rows = 0, cols = 0;
+  uint32_t as = 0;              // the fused op that the next collective works for, and its sizes: in the descriptor
+  int64_t rows = 0, cols = 0, inner = 0;
   const char* broken = nullptr;
   char err[1024] = "";
 

@@ -9,12 +9,13 @@ the same arguments, or is told so by the op's descriptor, hence the same answer:
     path                  T = T_gemm + ...             b = rows * cols * itemsize, W ranks
     one rank              0
     torch.distributed     T_call + v b / B             v = 2 (W-1)/W for gemm_ar, (W-1) for ag_gemm, (W-1)/W for the others
-    heap, copied          T_tick + (1 + s) b / B       the product in memory, then the collective; s: passes over b, below
-    heap, staged          p (T_tick + T_skew) + s b/B  the GEMM writes into the buffer, p = slots full of rows
-    heap, walked          (p + 1) T_tick + T_skew + s b / B    p = halves of a slot, and at least 64 rows each; walk.py
+    heap, copied          T_skew + T_tick + (1 + s) b / B    the product in memory, then the collective; s: passes over b, below
+    heap, staged          T_skew + p T_tick + s b / B   the GEMM writes into the buffer, p = slots full of rows
+    heap, walked          T_skew / p + (p + 1) T_tick + s b / B   p = halves of a slot, and at least 64 rows each; walk.py
 
-T_skew is what a rank waits for the slowest at a meeting, 1% of the GEMM between two of them; a walk absorbs all but the last, 1/p of it. In a walk s: gemm_ar W + 1, the others 2.
-s: gemm_ar one-shot W + 1, two-shot (from 256 KB) 3; gemm_rs 1 + 2/W; ag_gemm 2 W. A device has the paths of PATHS, no other.
+T_skew is what a rank waits for the slowest at a meeting, 1% of the GEMM before it; a walk absorbs all but the last's, 1/p of it.
+In a walk s: gemm_ar W + 1, the others 2. Else s: gemm_ar one-shot W + 1, two-shot (from 256 KB) 3; gemm_rs 1 + 2/W; ag_gemm 2 W.
+A device has the paths of PATHS, no other.
 """
 from dataclasses import dataclass
 

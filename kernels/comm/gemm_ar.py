@@ -11,7 +11,6 @@ On a CPU the product is written straight into this rank's slot of the heap, bloc
 still in cache: no copy-in. There is no overlap on a CPU, in the backward neither: the gain is the faster collective and the
 saved pass. Which path, and what it costs: choose.py.
 """
-import torch
 from torch import Tensor
 
 from .agree import agree, choose_path
@@ -35,22 +34,22 @@ def reduced_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
     path, heap = choose_path("gemm_ar", a.shape[0], b.shape[1], a.shape[1], a, group)
     if path.name == "one rank":
         return gemm(a, b)
-    (M, _), N = a.shape, b.shape[1]
+    (M, K), N = a.shape, b.shape[1]
     if path.name == "heap, walked":
         return summed_product("gemm_ar", a, b, heap, 0, M)
     if path.name != "heap, staged":
         y = gemm(a, b)
         if heap is None:
-            agree("gemm_ar", group, rows=M, cols=N, dtype=a.dtype)
+            agree("gemm_ar", group, rows=M, cols=N, inner=K, dtype=a.dtype)
         else:
-            heap.serve("gemm_ar", M, N)
+            heap.serve("gemm_ar", M, N, K)
         return all_reduce(y, heap or group, out=y)
     y, b = a.new_empty(M, N), wide(b)
     step = heap.nbytes // max(1, N * a.element_size())               # rows that fit a slot
     for i in range(0, max(M, 1), step):
         rows = a[i:i + step]
         block = gemm(rows, b, out=heap.stage((rows.shape[0], N), a.dtype))
-        heap.serve("gemm_ar", M, N)
+        heap.serve("gemm_ar", M, N, K)
         all_reduce(block, heap, out=y[i:i + step])
     return y
 

@@ -8,7 +8,6 @@ Bytes     one reduce-scatter of M * N, or one all-gather of M * K, times itemsiz
 Numerics  the product in the type's own GEMM, then a sum in rank order with fp32 accumulation
 Source    sequence parallelism, arXiv:2205.05198
 """
-import torch
 from torch import Tensor
 
 from .agree import agree, choose_path
@@ -33,8 +32,8 @@ def ag_gemm_ref(x: Tensor, w: Tensor, group: Group) -> Tensor:
 
 def scattered_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
     """reduce_scatter(a @ b, dim 0) for 2-d a and b, by the path that `choose` names."""
-    (M, _), N = a.shape, b.shape[1]
-    path, heap = choose_path("gemm_rs", M, N, a.shape[1], a, group)
+    (M, K), N = a.shape, b.shape[1]
+    path, heap = choose_path("gemm_rs", M, N, K, a, group)
     if path.name == "one rank":
         return gemm(a, b)
     if path.name == "heap, walked":
@@ -42,9 +41,9 @@ def scattered_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
         return summed_product("gemm_rs", a, b, heap, heap.rank * part, (heap.rank + 1) * part)
     y = gemm(a, b, out=heap.stage((M, N), a.dtype) if path.name == "heap, staged" else None)
     if heap is None:
-        agree("gemm_rs", group, rows=M, cols=N, dtype=a.dtype)
+        agree("gemm_rs", group, rows=M, cols=N, inner=K, dtype=a.dtype)
     else:
-        heap.serve("gemm_rs", M, N)
+        heap.serve("gemm_rs", M, N, K)
     return reduce_scatter(y, heap or group)
 
 
@@ -61,9 +60,9 @@ def _ag_gemm_run(x: Tensor, w: Tensor, gathered: bool, group: Group) -> tuple[Te
     if path.name == "heap, walked":
         return gathered_product(rows, b, heap).view(shape), none
     if heap is not None:
-        heap.serve("ag_gemm", *rows.shape)
+        heap.serve("ag_gemm", *rows.shape, w.shape[0])
     elif path.name != "one rank":
-        agree("ag_gemm", group, rows=rows.shape[0], cols=rows.shape[1], dtype=x.dtype)
+        agree("ag_gemm", group, rows=rows.shape[0], cols=rows.shape[1], inner=w.shape[0], dtype=x.dtype)
     xs = all_gather(rows, heap or group)
     return gemm(xs, b).view(shape), xs if gathered else none
 

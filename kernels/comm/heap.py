@@ -90,8 +90,8 @@ def _load() -> tuple[Any, str]:
         ("heap_error", s, (p,)), ("heap_data", p, (p,)), ("heap_next", p, (p, n)), ("heap_on_wait", None, (p, _POLL)),
         ("heap_test", None, (p, i, i)), ("heap_tune", None, (p, i, i, n, n)), ("barrier", i, (p,)),
         ("all_reduce", i, (p, p, p, n, i, i)), ("all_gather", i, (p, p, p, n, n, i)),
-        ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, n, n, i)), ("heap_as", None, (p, i, n, n)),
-        ("walk_begin", i, (p, i, n, n, i)), ("walk_place", p, (p,)), ("walk_signal", None, (p,)), ("walk_wait", i, (p,)),
+        ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, n, n, i)), ("heap_as", None, (p, i, n, n, n)),
+        ("walk_begin", i, (p, i, n, n, n, i)), ("walk_place", p, (p,)), ("walk_signal", None, (p,)), ("walk_wait", i, (p,)),
         ("walk_peer", p, (p, i)), ("walk_sum", None, (p, p, n, n, i)), ("walk_end", None, (p, i)),
     ):
         fn = getattr(lib, f"interlace_{name}")
@@ -221,9 +221,9 @@ class SymmHeap:
             return None
         return self.view(LIB.interlace_heap_next(self.handle, nbytes), shape, dtype)
 
-    def serve(self, op: str, rows: int, cols: int) -> None:
-        """The next collective works for fused op `op`, over a rows x cols matrix: all ranks must say the same, and errors do."""
-        LIB.interlace_heap_as(self.handle, OPS[op], rows, cols)
+    def serve(self, op: str, rows: int, cols: int, inner: int) -> None:
+        """The next collective works for fused op `op`, sizes as in choose.py: all ranks must say the same, and errors do."""
+        LIB.interlace_heap_as(self.handle, OPS[op], rows, cols, inner)
 
     def barrier(self) -> None:
         """Return when every rank has called it."""

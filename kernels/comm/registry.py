@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from ..dispatch import LIB, define, differentiable, traced
+from ..dispatch import define, differentiable, traced
 from .heap import SymmHeap, by_hand
 
 __all__ = ["Group", "group_name", "group_of", "group_size", "register"]

@@ -7,7 +7,7 @@ The GEMM writes a block of rows into this rank's place of the heap, and every ra
 in cache: no copy in, and no second pass over the product. A rank writes block k + 1 before it waits for block k, so a rank that
 is late by less than a block delays nobody. Nothing overlaps otherwise: one core does both.
 
-Before anything is written all ranks agree on op, dtype, rows and columns; where they do not, each gets a CollectiveMismatch.
+Before anything is written all ranks agree on op, dtype and sizes; where they do not, each gets a CollectiveMismatch.
 """
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ def block_rows(rows: int, row_bytes: int, slot: int) -> int:
 class Walk:
     """One walk over the ticks: place, fill it, wait and read the tick before, signal; at the end wait and read the last."""
 
-    def __init__(self, heap: SymmHeap, op: str, rows: int, cols: int, dtype: torch.dtype):
+    def __init__(self, heap: SymmHeap, op: str, rows: int, cols: int, inner: int, dtype: torch.dtype):
         self.heap, self.handle, self.dtype = heap, heap.handle, dtype
-        if rc := LIB.interlace_walk_begin(heap.handle, OPS[op], rows, cols, CODES[dtype]):
+        if rc := LIB.interlace_walk_begin(heap.handle, OPS[op], rows, cols, inner, CODES[dtype]):
             heap.fail(rc)
 
     def place(self, rows: int, cols: int) -> Tensor:
@@ -59,10 +59,10 @@ class Walk:
 
 
 def summed_product(op: str, a: Tensor, b: Tensor, heap: SymmHeap, lo: int, hi: int) -> Tensor:
-    (M, _), N = a.shape, b.shape[1]
+    (M, K), N = a.shape, b.shape[1]
     y, step = a.new_empty(hi - lo, N), block_rows(M, N * a.element_size(), heap.nbytes)
     b = wide(b)
-    with Walk(heap, op, M, N, a.dtype) as walk:
+    with Walk(heap, op, M, N, K, a.dtype) as walk:
 
         def take(at: int) -> None:
             walk.wait()
@@ -84,7 +84,7 @@ def gathered_product(x: Tensor, b: Tensor, heap: SymmHeap) -> Tensor:
     (m, K), N, mine = x.shape, b.shape[1], heap.rank * x.shape[0]
     y, step = x.new_empty(heap.size * m, N), block_rows(m, K * x.element_size(), heap.nbytes)
     b = wide(b)
-    with Walk(heap, "ag_gemm", m, K, x.dtype) as walk:
+    with Walk(heap, "ag_gemm", m, K, N, x.dtype) as walk:
 
         def take(at: int) -> None:
             walk.wait()
