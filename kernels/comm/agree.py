@@ -4,6 +4,7 @@ Over the heap every call carries op, dtype, rows and columns with its first sign
 at every call, before anything is read. torch.distributed has no such word: there `agree` exchanges it once for each new case.
 """
 import functools
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -19,8 +20,8 @@ _taken: dict[tuple, Path] = {}
 _choose = functools.cache(choose)
 
 
-def choose_path(op: str, rows: int, cols: int, inner: int, x: Tensor, group: Group, whole: bool = False) -> tuple[Path, SymmHeap | None]:
-    """The path of `op` over x's type and device, as choose.choose, and the heap where it goes over one."""
+def choose_path(op: str, rows: int, cols: int, inner: int, x: Tensor, group: Group, whole: bool = False) -> tuple[Path, Any]:
+    """The path of `op` over x's type and device, as choose.choose, and the SymmHeap where it goes over one, else None."""
     if group is None:
         return _choose(op, rows, cols, inner, x.element_size(), 1), None
     if not x.is_cpu:

@@ -16,6 +16,8 @@ Backward  all_reduce <-> itself, all_gather <-> reduce_scatter, all_to_all <-> i
 x is never written to. The result is new memory (a copy even for one rank, so it may be modified), or `out`, which may be x
 itself in all_reduce; no gradient flows through `out`.
 """
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -157,6 +159,8 @@ def _reduce_backward(ctx, dy):
     return _reduce(dy, "sum", ctx.group), None, None
 
 
+_scatter: Callable[..., Tensor]                                       # each names itself or the next
+_exchange: Callable[..., Tensor]
 _reduce = register("all_reduce(Tensor x, str op, str group) -> Tensor", _all_reduce,
                    lambda x, op, world: x.new_empty(x.shape), _reduce_setup, _reduce_backward)
 _gather = register("all_gather(Tensor x, str group) -> Tensor", _all_gather,

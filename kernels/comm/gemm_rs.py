@@ -55,14 +55,15 @@ def _gemm_rs_run(x: Tensor, w: Tensor, group: Group) -> Tensor:
 def _ag_gemm_run(x: Tensor, w: Tensor, gathered: bool, group: Group) -> tuple[Tensor, Tensor]:
     """y, and the gathered x where it is wanted, which takes one piece of memory: no walk then."""
     rows, b, none = flat(x), w.t(), x.new_empty(0)
-    path, heap = choose_path("ag_gemm", *rows.shape, w.shape[0], x, group, whole=gathered)
+    (m, K), N = rows.shape, w.shape[0]
+    path, heap = choose_path("ag_gemm", m, K, N, x, group, whole=gathered)
     shape = (x.shape[0] * group_size(group), *x.shape[1:-1], w.shape[0])
     if path.name == "heap, walked":
         return gathered_product(rows, b, heap).view(shape), none
     if heap is not None:
-        heap.serve("ag_gemm", *rows.shape, w.shape[0])
+        heap.serve("ag_gemm", m, K, N)
     elif path.name != "one rank":
-        agree("ag_gemm", group, rows=rows.shape[0], cols=rows.shape[1], inner=w.shape[0], dtype=x.dtype)
+        agree("ag_gemm", group, rows=m, cols=K, inner=N, dtype=x.dtype)
     xs = all_gather(rows, heap or group)
     return gemm(xs, b).view(shape), xs if gathered else none
 

@@ -42,7 +42,7 @@ def group_name(group: Group | str) -> str:
 def group_size(group: Group | str) -> int:
     """The number of ranks of `group`: 1 for None."""
     group = group_of(group)
-    return group.size if isinstance(group, SymmHeap) else 1 if group is None else dist.get_world_size(group)  # type: ignore[arg-type]
+    return group.size if isinstance(group, SymmHeap) else 1 if group is None else dist.get_world_size(group)
 
 
 def register(schema: str, run: Callable, fake: Callable, setup: Callable, backward: Callable, keep: int = 1) -> Callable:
