@@ -6,6 +6,7 @@ at every call, before anything is read. torch.distributed has no such word: ther
 import functools
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,21 +18,26 @@ __all__ = ["agree", "check_device", "choose_path", "paths_taken"]
 
 _agreed: set[tuple] = set()
 _taken: dict[tuple, Path] = {}
-_choose = functools.cache(choose)
+
+
+@functools.cache
+def _choose(op: str, rows: int, cols: int, inner: int, dtype: torch.dtype, world: int, device: str, slot: int, whole: bool) -> Path:
+    """choose, once for each case of this process, and kept for `paths_taken`."""
+    path = choose(op, rows, cols, inner, dtype.itemsize, world, device, slot, whole)
+    _taken[op, rows, cols, inner, dtype, world] = path
+    return path
 
 
 def choose_path(op: str, rows: int, cols: int, inner: int, x: Tensor, group: Group, whole: bool = False) -> tuple[Path, Any]:
     """The path of `op` over x's type and device, as choose.choose, and the SymmHeap where it goes over one, else None."""
     if group is None:
-        return _choose(op, rows, cols, inner, x.element_size(), 1), None
+        return _choose(op, rows, cols, inner, x.dtype, 1, "cpu", 0, False), None
     if not x.is_cpu:
         check_device(op, x, group)
     heap = heap_of(group) if x.is_cpu and x.dtype in CODES else None
     world = heap.size if heap is not None else group_size(group)
-    path = _choose(op, rows, cols, inner, x.element_size(), world, x.device.type, heap.nbytes if heap is not None else 0, whole)
-    key = (op, rows, cols, inner, x.dtype, world)
-    if key not in _taken:
-        _taken[key] = path
+    device = "cpu" if heap is not None else x.device.type
+    path = _choose(op, rows, cols, inner, x.dtype, world, device, heap.nbytes if heap is not None else 0, whole)
     return path, heap if path.name.startswith("heap") else None
 
 
