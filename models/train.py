@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..kernels.comm import all_reduce
+from ..kernels.comm import all_reduce, paths_taken
 from ..kernels.dispatch import not_built
 from ..parallel.data_parallel import DistributedDataParallel
 from ..parallel.errors import RunError, UserError
@@ -127,7 +127,7 @@ class Run:
             log, progress = MetricsLog(self.out, step=self.step), Progress(self.out, self.step, c.trainer.max_steps,
                                                                            every=c.trainer.log_every_n_steps)
         self.model.train()
-        tokens = c.model.global_batch_size * c.model.seq_length
+        tokens, first = c.model.global_batch_size * c.model.seq_length, self.step + 1
         left = c.trainer.max_steps - self.step
         skip = min(2, left - 1)
         watch = Profile(self.out, "trace", *self.rank, skip=skip, steps=min(profile, left - skip)) if profile and left else None
@@ -138,6 +138,8 @@ class Run:
                 seconds = time.perf_counter() - start
                 if watch is not None:
                     watch.step()
+                if log is not None and self.step == first and (paths := paths_taken()):
+                    (self.out / "paths.txt").write_text("\n".join(paths) + "\n")
                 row = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_per_second": tokens / seconds,
                        "seconds": seconds, "samples": self.samples, "tokens": self.step * tokens, **self.balance()}
                 if log is not None and progress is not None:
@@ -241,7 +243,7 @@ def train(config: Config, out: str | Path, profile: int = 0) -> int:
     if run.main:
         rows = (Path(out) / "metrics.jsonl").read_text().splitlines() if (Path(out) / "metrics.jsonl").exists() else []
         last = json.loads(rows[-1]) if rows else {}
-        made = [n for n in ("metrics.jsonl", "loss.png", "config.yaml", "checkpoints") if (Path(out) / n).exists()]
+        made = [n for n in ("metrics.jsonl", "loss.png", "config.yaml", "paths.txt", "checkpoints") if (Path(out) / n).exists()]
         command = "interlace" if shutil.which("interlace") else f"{os.path.relpath(sys.executable)} -m interlace"
         print(f"step {run.step}: loss {last.get('loss', float('nan')):.4f}. In {out}: {', '.join(made)}\n"
               f"sample from it: {command} generate --out {out} --prompt 'def '", flush=True)

@@ -16,7 +16,9 @@ struct Call {
   Heap& h;
   int rc = OK;
   bool staged = false;  // src is my buffer of the coming tick
-  Call(Heap* heap, uint32_t op, const void* src, int64_t bytes) : span(*heap, op, -1, bytes), h(*heap) {
+  uint32_t op;
+  Call(Heap* heap, uint32_t plain, const void* src, int64_t bytes)
+      : span(*heap, heap->as ? heap->as : plain, -1, bytes), h(*heap), op(h.as ? h.as : plain) {
     if (h.busy.test_and_set(std::memory_order_acquire)) {
       rc = BUSY;
       return;
@@ -28,8 +30,15 @@ struct Call {
     else if (!staged && h.owns(src))
       rc = h.fail(UNUSABLE, "%s: x lies in the heap but is not all of what stage() last returned; stage it again", op_name(op));
   }
+  Desc desc(int dtype, int red, int64_t n) {
+    Desc d{op, uint32_t(dtype), uint32_t(red), staged, n};
+    if (h.as) d.rows = h.rows, d.cols = h.cols, d.inner = h.inner;
+    return d;
+  }
   ~Call() {
-    if (rc != BUSY) h.busy.clear(std::memory_order_release);
+    if (rc == BUSY) return;
+    h.as = 0;
+    h.busy.clear(std::memory_order_release);
   }
 };
 
