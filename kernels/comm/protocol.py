@@ -34,6 +34,8 @@ whatever the shapes of the calls before.
 """
 from dataclasses import dataclass
 
+from ..dispatch import tl                                             # noqa: F401  (the interpreter looks for it beside what it runs)
+
 __all__ = ["Control", "Step", "TABLES", "gather", "one_shot", "scatter", "two_shot"]
 
 
