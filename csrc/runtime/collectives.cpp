@@ -15,7 +15,7 @@ struct Call {
   Heap& h;
   int rc = OK;
   bool staged = false;  // src is my buffer of the coming tick
-  Call(Heap* heap, uint32_t op, const void* src, int64_t bytes) : h(*heap) {
+  Call(Heap* heap, uint32_t op, const void* src, const void* dst, int64_t bytes) : h(*heap) {
     if (h.busy.test_and_set(std::memory_order_acquire)) {
       rc = BUSY;
       return;
@@ -26,6 +26,8 @@ struct Call {
                   h.broken);
     else if (!staged && h.owns(src))
       rc = h.fail(UNUSABLE, "%s: x lies in the heap but is not all of what stage() last returned; stage it again", op_name(op));
+    else if (h.owns(dst))  // written after my signal, while others read it
+      rc = h.fail(UNUSABLE, "%s: out lies in the heap, where others read; give it memory of its own", op_name(op));
   }
   ~Call() {
     if (rc != BUSY) h.busy.clear(std::memory_order_release);
@@ -136,7 +138,7 @@ using namespace interlace;
 
 // dst[i] = sum (or max) over ranks of src[i]. dst may be src. src may be the buffer of interlace_heap_next: no copy in.
 INTERLACE_API int interlace_all_reduce(Heap* heap, const void* src, void* dst, int64_t n, int dtype, int red) {
-  Call call(heap, ALL_REDUCE, src, n * SIZES[dtype]);
+  Call call(heap, ALL_REDUCE, src, dst, n * SIZES[dtype]);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const int64_t size = SIZES[dtype];
@@ -150,7 +152,7 @@ INTERLACE_API int interlace_all_reduce(Heap* heap, const void* src, void* dst, i
 
 // dst[r * n + i] = rank r's src[i]. dtype: a code of the sums, or 6 + bytes of an element.
 INTERLACE_API int interlace_all_gather(Heap* heap, const void* src, void* dst, int64_t n, int64_t size, int dtype) {
-  Call call(heap, ALL_GATHER, src, n * size);
+  Call call(heap, ALL_GATHER, src, dst, n * size);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const bool staged = call.staged;
@@ -197,7 +199,7 @@ template <class Take> int scatter(Heap& h, const char* src, int64_t n, int64_t s
 
 // dst[i] = sum over ranks of src[rank * n + i]; n elements per rank.
 INTERLACE_API int interlace_reduce_scatter(Heap* heap, const void* src, void* dst, int64_t n, int dtype) {
-  Call call(heap, REDUCE_SCATTER, src, n * SIZES[dtype] * heap->world);
+  Call call(heap, REDUCE_SCATTER, src, dst, n * SIZES[dtype] * heap->world);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const int64_t size = SIZES[dtype];
@@ -211,7 +213,7 @@ INTERLACE_API int interlace_reduce_scatter(Heap* heap, const void* src, void* ds
 
 // dst[q * n + i] = rank q's src[rank * n + i]; n elements per pair of ranks.
 INTERLACE_API int interlace_all_to_all(Heap* heap, const void* src, void* dst, int64_t n, int64_t size, int dtype) {
-  Call call(heap, ALL_TO_ALL, src, n * size * heap->world);
+  Call call(heap, ALL_TO_ALL, src, dst, n * size * heap->world);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const bool staged = call.staged;
@@ -224,7 +226,7 @@ INTERLACE_API int interlace_all_to_all(Heap* heap, const void* src, void* dst, i
 }
 
 INTERLACE_API int interlace_barrier(Heap* heap) {
-  Call call(heap, BARRIER, nullptr, 0);
+  Call call(heap, BARRIER, nullptr, nullptr, 0);
   if (call.rc) return call.rc;
   return first_tick(*heap, heap->epoch() + 1, Desc{BARRIER, 1, 0, 0, 0});
 }
