@@ -47,7 +47,7 @@ def signal(peers_ptr, to, word, epoch, BARRIER: tl.constexpr, RELEASE: tl.conste
 def signal_all(peers_ptr, rank, word, epoch, WORLD: tl.constexpr, BARRIER: tl.constexpr, RELEASE: tl.constexpr):
     if BARRIER:
         tl.debug_barrier()
-    for i in tl.static_range(WORLD):
+    for i in range(WORLD):
         signal(peers_ptr, peer_of(rank, i, WORLD), word, epoch, False, RELEASE)
 
 

@@ -11,7 +11,7 @@ import torch
 from ..dispatch import INTERPRET, tl, triton
 from .pad import Pad
 
-__all__ = ["Tiles", "place_of", "product", "programs_of", "tiles_of"]
+__all__ = ["Tiles", "copy_tiles", "place_of", "product", "programs_of", "tiles_of"]
 
 
 @triton.jit
@@ -64,14 +64,20 @@ def tiles_of(rows: int, dtype: torch.dtype) -> Tiles:
     return Tiles(128, 256, 64, 8, 3) if rows > 64 else Tiles(64, 128, 64, 4, 4)
 
 
-def programs_of(pad: Pad, items: int) -> int:
+def copy_tiles(rows: int, dtype: torch.dtype) -> Tiles:
+    """For what is moved and not multiplied: the row blocks of tiles_of, so that pads fit together, 32 elements a thread."""
+    BM = tiles_of(rows, dtype).BM
+    return Tiles(BM, 16, 16, 4, 1) if INTERPRET else Tiles(BM, 64, 16, max(4, BM // 16), 1)
+
+
+def programs_of(pad: Pad, items: int, less: int = 0) -> int:
     """One program an SM of this rank's share of the GPU: all are resident, and ranks that share a GPU do not starve each other.
 
     Coprime to the world: then a program's items pass from owner to owner, and every program sums as much as the others."""
     if pad.device.type == "cpu":
         most = 3
     else:
-        most = torch.cuda.get_device_properties(pad.device).multi_processor_count // pad.share
+        most = torch.cuda.get_device_properties(pad.device).multi_processor_count // pad.share - less
     while most > 1 and gcd(most, pad.world) > 1:
         most -= 1
     return max(1, min(most, items))

@@ -40,12 +40,12 @@ def _sum_parts(peers_ptr, local_ptr, error_ptr, rank, epoch, limit, flags, buffe
                OP: tl.constexpr, WORLD: tl.constexpr, TWO_SHOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACQUIRE: tl.constexpr):
     """Wait for every rank's part of an item, sum them in rank order. NaN where one did not come."""
     ok = epoch == epoch
-    for s in tl.static_range(WORLD):
+    for s in range(WORLD):
         ok = ok & wait(peers_ptr, local_ptr, error_ptr, rank, s, flag_word(0, s, item, WORLD, flags), epoch, limit, OP, ACQUIRE)
     offs = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     mask = (rows < tl.where(ok, end, 0))[:, None] & (offs >= 0)
     acc = tl.zeros([BM, BN], dtype=tl.float32)
-    for s in tl.static_range(WORLD):
+    for s in range(WORLD):                                            # unrolled, eight parts would be held at once and spill
         slot = owned_slot(s, item, items, WORLD) if TWO_SHOT else part_slot(s, item, items)
         part = cells(peers_ptr, rank, buffer, DTYPE) + slot.to(tl.int64) * (BM * BN)
         acc += tl.load(part + offs, mask=mask, other=0.0).to(tl.float32)
@@ -86,7 +86,7 @@ def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, d
                 signal(peers_ptr, owner, word, epoch, BARRIER, RELEASE)
             else:
                 slot = part_slot(rank, item, items).to(tl.int64)
-                for p in tl.static_range(WORLD):
+                for p in range(WORLD):
                     tl.store(cells(peers_ptr, peer_of(rank, p, WORLD), buffer, DTYPE) + slot * (BM * BN) + offs, value, mask=full)
                 signal_all(peers_ptr, rank, word, epoch, WORLD, BARRIER, RELEASE)
         item -= programs
@@ -97,7 +97,7 @@ def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, d
             total = _sum_parts(peers_ptr, local_ptr, error_ptr, rank, epoch, limit, flags, buffer, item, items, rows, M, DTYPE, OP,
                                WORLD, TWO_SHOT, BM, BN, ACQUIRE).to(DTYPE)
             if TWO_SHOT:
-                for p in tl.static_range(WORLD):
+                for p in range(WORLD):
                     tl.store(cells(peers_ptr, peer_of(rank, p, WORLD), sums, DTYPE) + item.to(tl.int64) * (BM * BN) + offs, total, mask=full)
                 signal_all(peers_ptr, rank, flag_word(1, rank, item, WORLD, flags), epoch, WORLD, BARRIER, RELEASE)
             else:
