@@ -125,7 +125,18 @@ std::string describe(const Desc& d) {
   return s + (d.staged ? ", staged)" : ")");
 }
 
+// A step that lets others go on is noted before it is done, one that waits for others after it: in the order of time a row then never
+// precedes what allowed it.
+void Heap::note(Step step, uint32_t t, int r) const {
+  if (!trace || trace[0] == room) return;
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  const int64_t row[] = {now.tv_sec * 1000000000 + now.tv_nsec, step, t, r, t & uint32_t((step == DESCRIBE || step == COMPARE ? 2 : buffers) - 1)};
+  memcpy(trace + 1 + 5 * trace[0]++, row, sizeof row);
+}
+
 char* begin(Heap& h, uint32_t t, int64_t span) {
+  h.note(WRITE, t, h.rank);
   if (h.poison)  // NaN in every float type: an early or a late reader sees it
     memset(h.data + (h.rank * 2 + (t & uint32_t(h.buffers - 1))) * h.slot, 0xff, size_t(h.slot));
   return h.place(h.rank, t, span);
@@ -133,6 +144,7 @@ char* begin(Heap& h, uint32_t t, int64_t span) {
 
 void signal(Heap& h, uint32_t t) {
   Line& mine = h.line[h.rank];
+  h.note(SIGNAL, t, h.rank);
   mine.epoch.store(t);  // sequentially consistent: ordered before the look at sleepers, and a release of the data
   if (mine.sleepers.load()) syscall(SYS_futex, &mine.epoch, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
@@ -148,16 +160,19 @@ int wait_all(Heap& h, uint32_t t, uint32_t op) {
       else if (const int rc = wait_long(h, q, t, op)) return rc;
       tries++;
     }
+    h.note(WAIT, t, q);
   }
   if (h.delay_us) usleep(useconds_t(h.delay_us));
   return OK;
 }
 
 int first_tick(Heap& h, uint32_t t, const Desc& mine) {
+  h.note(DESCRIBE, t, h.rank);
   h.line[h.rank].desc[t & 1] = mine;
   signal(h, t);
   if (const int rc = wait_all(h, t, mine.op)) return rc;
   for (int q = 0; q < h.world; q++) {
+    if (q != h.rank) h.note(COMPARE, t, q);
     const Desc& other = h.line[q].desc[t & 1];
     if (other == mine) continue;
     return h.fail(MISMATCH, "%s: rank %d of group '%s' called %s, but %s called %s; every rank must make the same call",
@@ -256,6 +271,7 @@ INTERLACE_API void* interlace_heap_data(Heap* h) { return h->data; }
 INTERLACE_API void* interlace_heap_next(Heap* h, int64_t bytes) { return begin(*h, h->epoch() + 1, bytes); }
 INTERLACE_API void interlace_heap_on_wait(Heap* h, int (*poll)()) { h->poll = poll; }
 INTERLACE_API void interlace_heap_test(Heap* h, int poison, int delay_us) { h->poison = poison, h->delay_us = delay_us; }
+INTERLACE_API void interlace_heap_trace(Heap* h, int64_t* rows, int64_t room) { h->room = room, h->trace = rows; }
 INTERLACE_API void interlace_heap_tune(Heap* h, int spin, int yields, int64_t chunk, int64_t two_shot) {
   if (spin >= 0) h->spin = spin;
   if (yields >= 0) h->yields = yields;

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 
 from ..dispatch import tl                                             # noqa: F401  (the interpreter looks for it beside what it runs)
 
-__all__ = ["Control", "Step", "TABLES", "gather", "one_shot", "scatter", "two_shot"]
+__all__ = ["Control", "Step", "TABLES", "gather", "heap", "one_shot", "scatter", "two_shot"]
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,16 @@ def scatter(rank: int, world: int, epoch: int, items: int, tiles: int = 1, progr
                       for s in range(world) for t in range(tiles)]
         take.append(steps)
     return [push, _finish(take)]
+
+
+def heap(rank: int, world: int, epoch: int, buffers: int = 2, agreed: bool = True) -> Call:
+    """The collectives of the CPU heap, one tick of them (csrc/runtime/heap.h): each rank writes at home, the others come and read. One
+    thread, no kernel boundary: steps of the next tick may overtake these. Area "call": what was called, compared in the first
+    tick; where it differs, on every rank then, no data is read. The trace of a real collective is a path of this table: a test."""
+    b, others = buffer_of(epoch, buffers), _ring(rank, world)[1:]
+    return [[(Step("write", rank, "part", b, 0, rank, 0), Step("write", rank, "call", buffer_of(epoch, 2), 0, rank, 1), Step("signal", rank),
+              *(Step("wait", q, source=q) for q in others), *(Step("read", q, "call", buffer_of(epoch, 2), 0, q, 1) for q in others),
+              *(Step("read", q, "part", b, 0, q, 0) for q in others if agreed))]]
 
 
 TABLES = {"one_shot": one_shot, "two_shot": two_shot, "gather": gather, "scatter": scatter}
