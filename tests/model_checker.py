@@ -78,13 +78,16 @@ class Model:
     slots  how many programs of a rank run at once, in order of launch; 0: all.
     """
 
+    reduce = True                                                     # a test switches it off, and finds the same
+
     def __init__(self, calls, world, period=2, *, weak=False, token=True, relaxed=(), kernels=True, cyclic=True, compare=">=", wrap=0,
-                 slots=0, deaths=0, giveups=0, timeouts=False, expiry="stops", epoch_word=True, merge=True, limit=400_000):
-        self.world, self.period, self.weak, self.cyclic, self.compare, self.wrap, self.kernels = world, period, weak, cyclic, compare, wrap, kernels
-        self.slots, self.timeouts, self.expiry, self.limit, self.relaxed, self.epoch_word, self.merge = (
-            slots, timeouts, expiry, limit, relaxed, epoch_word, merge)
+                 slots=0, deaths=0, giveups=0, timeouts=False, expiry="stops", epoch_word=True, reduce=None, limit=400_000):
+        self.world, self.period, self.weak, self.relaxed = world, period, weak, relaxed
+        self.kernels, self.cyclic, self.compare, self.wrap = kernels, cyclic, compare, wrap
+        self.slots, self.timeouts, self.expiry, self.epoch_word, self.limit = slots, timeouts, expiry, epoch_word, limit
+        self.reduce = self.reduce if reduce is None else reduce
         self.ids, self.tags, self.plain = {}, {}, set()
-        self.failed = [self._cell("failed", r, plain=True) for r in range(world)]
+        self.failed = [self._cell(("failed", r), plain=True) for r in range(world)]
         self.rank, self.programs = [], []
         for r in range(world):
             table = [calls(r, e) for e in range(period)]
@@ -95,20 +98,44 @@ class Model:
         self.blockers = [[tuple(d for d in range(1, self.reach + 1) if (cyclic or i >= d) and keeps(self._at(p, i - d), m, token))
                           if weak else (1,) for i, m in enumerate(p)] for p in self.programs]
         users = [{p for p, program in enumerate(self.programs) for m in program if c in m.cells} for c in range(len(self.ids))]
-        self.local = [[all(len(users[c]) == 1 for c in m.cells) and (m.do != "launch" or not slots) for m in program]
+        self.local = [[self.reduce and all(len(users[c]) == 1 for c in m.cells) and (m.do != "launch" or not slots) for m in program]
                       for program in self.programs]
-        self.marks = {kind: [[sum(m.do == kind for m in p[:i]) for i in range(len(p) + 1)] for p in self.programs] for kind in ("launch", "end")}
+        self.marks = {do: [[sum(m.do == do for m in p[:i]) for i in range(len(p) + 1)] for p in self.programs] for do in ("launch", "end")}
         first = {"flag": -TAGS, "epoch": -TAGS}
         memory = tuple(0 if i in self.plain else first.get(key[0], EMPTY) for key, i in self.ids.items())
         self.start = (memory, ((0, 0),) * len(self.programs), deaths, giveups)
 
     # ---- from table to moves --------------------------------------------------------------------------------
 
-    def _cell(self, *key, plain=False):
+    def _cell(self, key, plain=False):
+        """plain: it holds no epoch."""
         i = self.ids.setdefault(key, len(self.ids))
         if plain:
             self.plain.add(i)
         return i
+
+    def _move(self, step, rank, epoch, barriers):
+        """One step, by itself."""
+        do, value, fields = step.do, epoch * TAGS, {"ordered": step.ordered and step.do not in self.relaxed, "barriers": barriers}
+        text = f"{do} flag {step.slot} of rank {step.at}"
+        if do in ("write", "read", "poll", "clear"):
+            cells = [self._cell(("data", step.at, step.area, step.buffer, step.slot))]
+            value += 1 + self.tags.setdefault((step.source, step.item), len(self.tags))
+            text = f"{do} {step.area}[{step.slot}] of rank {step.at}, buffer {step.buffer}"
+            fields.update(thread=int(self.kernels and do in ("write", "read")), of=int(step.source == "sum"))
+        elif do in ("last", "bump"):
+            text, fields["of"] = do, step.of
+            cells = [self._cell(("count" if do == "last" else "epoch", rank, step.slot), plain=do == "last")]
+        elif do in ("awaits", "leaves", "wake"):
+            cells = [self._cell(("sleepers", step.at), plain=True)]
+            if do == "wake":
+                cells += [self._cell(("asleep", step.at, q), plain=True) for q in range(self.world)]
+        elif do in ("sleep", "doze", "woken"):
+            cells = [self._cell(("flag", step.at, 0))] * (do == "sleep") + [self._cell(("asleep", step.at, rank), plain=True)]
+        else:
+            cells = [self._cell(("set" if do in ("put", "take") else "flag", step.at, step.slot), plain=do in ("put", "take"))]
+            fields.update(peer=step.source if isinstance(step.source, int) else step.at, skip=int(do == "look"))
+        return Move(do, text, tuple(cells), (value,) * len(cells), **fields)
 
     def _compile(self, rank, epoch, programs):
         """The moves of one program in one kernel: what it reads of the epoch word, its steps, its end."""
@@ -116,58 +143,31 @@ class Model:
 
         def add(step):
             nonlocal barriers
-            do, text, extra = step.do, f"{step.do} ", {}
-            if do == "barrier":
+            if step.do == "barrier":
                 barriers += 1
                 return
-            if do in ("write", "read"):
-                cell, plain = ("data", step.at, step.area, step.buffer, step.slot), False
-                value = epoch * TAGS + 1 + self.tags.setdefault((step.source, step.item), len(self.tags))
-                text += f"{step.area}[{step.slot}] of rank {step.at}, buffer {step.buffer}"
-                extra = {"thread": int(self.kernels), "of": int(step.source == "sum")}
-            elif do in ("last", "bump"):
-                cell, value, plain = ("count" if do == "last" else "epoch", rank, step.slot), epoch * TAGS, do == "last"
-                extra = {"of": step.of}
-            elif do in ("poll", "clear"):                             # data that is its own flag
-                cell, plain = ("data", step.at, step.area, step.buffer, step.slot), False
-                value = epoch * TAGS + 1 + self.tags.setdefault((step.source, step.item), len(self.tags))
-            elif do in ("awaits", "leaves", "sleep", "doze", "woken", "wake"):
-                cell, value, plain = ("asleep", step.at, rank), epoch * TAGS, True
-                if do in ("awaits", "leaves", "wake"):
-                    cell = "sleepers", step.at
-            else:
-                plain = do in ("put", "take")
-                cell, value = ("set" if plain else "flag", step.at, step.slot), epoch * TAGS
-                text += f"flag {step.slot} of rank {step.at}"
-                extra = {"peer": step.source if isinstance(step.source, int) else step.at}
-            m = Move(do, text, (self._cell(*cell, plain=plain),), (value,), step.ordered and do not in self.relaxed, barriers=barriers, **extra)
-            if do == "sleep":
-                m = m._replace(cells=(self._cell("flag", step.at, 0), *m.cells), values=(value, 0))
-            if do == "wake":
-                m = m._replace(cells=m.cells + tuple(self._cell("asleep", step.at, q, plain=True) for q in range(self.world)), values=(0,) * (1 + self.world))
-            if do == "look":
-                m = m._replace(skip=1)
-            before = moves[-1] if moves else m
-            if self.merge and do in ("write", "read") and (do, barriers, m.of) == (before.do, before.barriers, before.of) and m.cells[0] not in before.cells:
-                more = f" and {step.at}" if do == "write" else f" and {step.slot}"
-                moves[-1] = before._replace(cells=before.cells + m.cells, values=before.values + m.values, text=before.text + more)
+            m = self._move(step, rank, epoch, barriers)
+            same = lambda x: (x.do, x.barriers, x.of)                 # noqa: E731
+            if self.reduce and m.do in ("write", "read") and moves and same(m) == same(moves[-1]) and m.cells[0] not in moves[-1].cells:
+                text = f"{moves[-1].text} and {step.at if m.do == 'write' else step.slot}"
+                moves[-1] = moves[-1]._replace(cells=moves[-1].cells + m.cells, values=moves[-1].values + m.values, text=text)
             else:
                 moves.append(m)
-            if do == "wait" and self.kernels:                         # all threads learn what the one that polled has found
+            if m.do == "last" or (m.do == "wait" and self.kernels):   # all threads learn what the one that looked has found
                 barriers += 1
-            if do == "last":
-                at, barriers = len(moves), barriers + 1
-                for inner in step.steps:
-                    add(inner)
+            at = len(moves)
+            for inner in step.steps:
+                add(inner)
+            if step.steps:
                 moves[at - 1] = moves[at - 1]._replace(skip=len(moves) - at)
 
         if self.kernels:
             moves.append(Move("launch", "starts"))
             if self.epoch_word:
-                moves.append(Move("read", "reads the epoch word", (self._cell("epoch", rank, 0),), ((epoch - 1) * TAGS,)))
+                moves.append(Move("read", "reads the epoch word", (self._cell(("epoch", rank, 0)),), ((epoch - 1) * TAGS,)))
         for program in programs:
             for step in program:
-                if self.epoch_word or not (step.do == "last" and step.steps and step.steps[-1].do == "bump"):
+                if self.epoch_word or not (step.steps and step.steps[-1].do == "bump"):
                     add(step)
         return moves + [Move("end", "ends")] * self.kernels
 
@@ -289,7 +289,8 @@ class Model:
                         ended = ended[0], self._advance(procs, p, k, 0)
                     lost = not self.kernels and any(x[0] < 0 for q, x in enumerate(procs) if self.rank[q] == m.peer)
                     if lost or failed:
-                        out.append((p, f"{m.text}: gives up, {'a rank is lost' if lost else 'as its rank has failed'}", (*ended, deaths, giveups)))
+                        why = "a rank is lost" if lost else "its rank has failed"
+                        out.append((p, f"{m.text}: gives up, {why}", (*ended, deaths, giveups)))
                     elif giveups:
                         out.append((p, f"{m.text}: runs out", (*ended, deaths, giveups - 1)))
                     self.stuck.append((p, f"{m.text}: runs out", (*ended, deaths, giveups)))

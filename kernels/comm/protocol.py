@@ -232,8 +232,9 @@ def heap(rank: int, world: int, epoch: int, buffers: int = 2, agreed: bool = Tru
     thread, no kernel boundary: steps of the next tick may overtake these. Area "call": what was called, compared in the first
     tick; where it differs, on every rank then, no data is read. The trace of a real collective is a path of this table: a test."""
     b, others = buffer_of(epoch, buffers), _ring(rank, world)[1:]
-    return [[(Step("write", rank, "part", b, 0, rank, 0), Step("write", rank, "call", buffer_of(epoch, 2), 0, rank, 1), Step("signal", rank),
-              *(Step("wait", q, source=q) for q in others), *(Step("read", q, "call", buffer_of(epoch, 2), 0, q, 1) for q in others),
+    return [[(Step("write", rank, "part", b, 0, rank, 0), Step("write", rank, "call", buffer_of(epoch, 2), 0, rank, 1),
+              Step("signal", rank), *(Step("wait", q, source=q) for q in others),
+              *(Step("read", q, "call", buffer_of(epoch, 2), 0, q, 1) for q in others),
               *(Step("read", q, "part", b, 0, q, 0) for q in others if agreed))]]
 
 
