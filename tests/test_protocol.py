@@ -68,6 +68,30 @@ def silent(rank, epoch, call):
     return [[tuple(s for s in program if s.item == -1 or s.source != 0) for program in k] for k in call]
 
 
+@dataclasses.dataclass(frozen=True)
+class Late(Step):
+    late: int = 1                                                     # a step of the tick before
+
+
+def walk(world, halves=2, ticks="open walk walk walk tick open walk tick", **options):
+    """A fused op on the CPU heap, between plain collectives: it opens with a tick without data, then writes a tick before it waits for
+    the last one, in halves of the two buffers (csrc/runtime/heap.h)."""
+    kinds = ticks.split()
+
+    def calls(rank, epoch):
+        kind, before, after = (kinds[(epoch + d) % len(kinds)] for d in (0, -1, 1))
+        others = [q for q in range(world) if q != rank]
+        place = lambda e, kind: range(2) if kind == "tick" else [e // 2 % halves]                     # noqa: E731
+
+        def take(step, e):
+            return [*(step("wait", q, source=q) for q in others),
+                    *(step("read", q, "part", e % 2, h, q, 0) for q in others for h in place(e, kind) if kind != "open")]
+        writes = [Step("write", rank, "part", epoch % 2, h, rank, 0) for h in place(epoch, kind) if kind != "open"]
+        early = take(Late, epoch - 1) if kind == before == "walk" else []
+        return [[(*writes, *early, Step("signal", rank), *(take(Step, epoch) if kind != "walk" or after != "walk" else ()))]]
+    return Model(calls, world, len(kinds), kernels=False, **{"wrap": WRAP, **options})
+
+
 def chain(world, items=1, always=True, c=protocol.FULL, **options):
     """rs_residual_norm that sends its rows on, into the pad of the next all-gather, which then sends nothing; or in every other call."""
     def calls(rank, epoch):
@@ -104,6 +128,9 @@ HOLDS = {
     "heap, 3 ranks, two die": (lambda: on_cpu(3, deaths=2, weak=True), 5000),
     "heap, 3 ranks, any two waits run out": (lambda: on_cpu(3, giveups=2, weak=True), 3000),
     "heap, 3 ranks, the last call left out by one": (lambda: on_cpu(3, edit=one_call_less, **LEFT_OUT, weak=True), 1000),
+    "heap, 2 ranks, fused ops among others": (lambda: walk(2, weak=True), 1000),
+    "heap, 3 ranks, fused ops among others": (lambda: walk(3, weak=True), 2000),
+    "heap, 3 ranks, fused ops among others, one dies": (lambda: walk(3, deaths=1), 5000),
     "one_shot, 2 ranks": (lambda: kernel("one_shot", 2, weak=True), 300),
     "one_shot, 3 ranks": (lambda: kernel("one_shot", 3, weak=True), 5000),
     "one_shot, 2 ranks, 2 programs": (lambda: kernel("one_shot", 2, 2, programs=2), 5000),
@@ -141,6 +168,8 @@ CONTROLS = {
     "heap, 1 buffer": (lambda: on_cpu(2, buffers=1), "wrong data"),
     "heap, no release": (lambda: on_cpu(2, weak=True, relaxed=("signal",)), "wrong data"),
     "heap, no acquire": (lambda: on_cpu(2, weak=True, relaxed=("wait",)), "wrong data"),
+    "heap, fused op without halves": (lambda: walk(2, halves=1), "wrong data"),
+    "heap, fused op without its opening tick": (lambda: walk(2, ticks="walk walk walk tick"), "wrong data"),
     "heap, flags by ==": (lambda: on_cpu(2, compare="=="), "deadlock"),
     "heap, flags by unsigned >=": (lambda: on_cpu(2, period=8, compare="unsigned"), "wrong data"),
     "heap, sleep without a second look": (lambda: wake_up(2, checked=False), "deadlock"),
