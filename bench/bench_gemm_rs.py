@@ -55,4 +55,4 @@ def ways(case: Case, make: Make) -> Ways:
         "torch eager": eager, "torch.compile": "not tried for communication ops",
         "torch symm_mem": _symm_mem(case, make)},
         nbytes=(once, 2 * once), flops=(2 * M * cut * full, 4 * M * cut * full), link=(sent, sent if first else 2 * sent),
-        gemm=alone, comm=comm if t > 1 else None, path=path(case.call, group, make.device, (M, full), make.dtype))
+        gemm=alone, comm=comm if t > 1 else None, path=path(case.call, group, make.device, (M if first else M // t, full), make.dtype, cut))

@@ -35,7 +35,7 @@ except ImportError:                                                   # no wheel
     triton = tl = _Absent()
 
 __all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "not_built", "row_warps", "tl",
-           "triton", "tune_malloc"]
+           "traced", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -87,22 +87,29 @@ def not_built() -> str:
 CPP = not INTERPRET and not _REFERENCE_ONLY and _load_cpp()
 
 
-def define(schema: str, launch: Callable, fake: Callable) -> None:
-    """Declare op `interlace::<schema>`: its Triton launcher, and its fake for tracing. C++ adds the CPU side."""
+def define(schema: str, launch: Callable, fake: Callable, everywhere: bool = False) -> None:
+    """Declare op `interlace::<schema>`: its Triton launcher, and its fake for tracing. C++ adds the CPU side.
+
+    everywhere: launch serves every device (it asks for itself which path to take)."""
     name = schema.split("(")[0]
     LIB.define(schema)
-    LIB.impl(name, launch, "CUDA")
-    if INTERPRET:
-        LIB.impl(name, launch, "CPU")
+    for key in ("CompositeExplicitAutograd",) if everywhere else ("CUDA", "CPU") if INTERPRET else ("CUDA",):
+        LIB.impl(name, launch, key)
     torch.library.register_fake(f"interlace::{name}", fake, lib=LIB)
 
 
-def differentiable(name: str, setup: Callable, backward: Callable, keep: int = 1) -> Callable:
+def traced() -> bool:
+    """True where an op must be visible to a tracer: under torch.compile, or while any dispatch mode looks on."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def differentiable(name: str, setup: Callable, backward: Callable, keep: int = 1, run: Callable | None = None) -> Callable:
     """Give op `interlace::<name>` its gradient; returns the callable that public functions use.
 
     setup(ctx, inputs, output) and backward(ctx, *grads) are those of `torch.library.register_autograd`, which serves tracing.
     Eager calls go through an autograd.Function over the same two: 36 us less a step than register_autograd's wrapper.
     keep: the outputs a caller sees; the rest are statistics saved for the backward, whose gradients never come.
+    run: what an eager call runs in place of the op, where that is Python anyway: the dispatcher and back is 7 us.
     """
     torch.library.register_autograd(f"interlace::{name}", backward, setup_context=setup, lib=LIB)
     op = getattr(torch.ops.interlace, name).default
@@ -111,13 +118,18 @@ def differentiable(name: str, setup: Callable, backward: Callable, keep: int = 1
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            with torch._C._AutoDispatchBelowAutograd():
-                out = op(*inputs)
+            if run is not None:
+                out = run(*inputs)
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    out = op(*inputs)
             setup(ctx, inputs, out)
             return cut(out)
 
     Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
-    return lambda *inputs: cut(op(*inputs)) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+    if run is None:
+        return lambda *inputs: cut(op(*inputs)) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+    return lambda *inputs: cut(op(*inputs)) if traced() else Eager.apply(*inputs)
 
 
 def fused(*tensors: Tensor) -> bool:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..kernels.comm import paths_taken
 from ..kernels.dispatch import not_built
 from ..parallel.errors import RunError, UserError
 from ..parallel.layout import Layout
@@ -87,12 +88,14 @@ class Run:
             log, progress = MetricsLog(self.out, step=self.step), Progress(self.out, self.step, c.trainer.max_steps,
                                                                            every=c.trainer.log_every_n_steps)
         self.model.train()
-        tokens = c.model.global_batch_size * c.model.seq_length
+        tokens, first = c.model.global_batch_size * c.model.seq_length, self.step + 1
         try:
             while self.step < c.trainer.max_steps:
                 start = time.perf_counter()
                 loss, norm, lr = self.train_step()
                 seconds = time.perf_counter() - start
+                if log is not None and self.step == first and (paths := paths_taken()):
+                    (self.out / "paths.txt").write_text("\n".join(paths) + "\n")
                 row = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_per_second": tokens / seconds,
                        "seconds": seconds, "samples": self.samples, "tokens": self.step * tokens}
                 if log is not None and progress is not None:
@@ -178,7 +181,7 @@ def train(config: Config, out: str | Path) -> int:
     if run.main:
         rows = (Path(out) / "metrics.jsonl").read_text().splitlines() if (Path(out) / "metrics.jsonl").exists() else []
         last = json.loads(rows[-1]) if rows else {}
-        made = [n for n in ("metrics.jsonl", "loss.png", "config.yaml", "checkpoints") if (Path(out) / n).exists()]
+        made = [n for n in ("metrics.jsonl", "loss.png", "config.yaml", "paths.txt", "checkpoints") if (Path(out) / n).exists()]
         command = "interlace" if shutil.which("interlace") else f"{os.path.relpath(sys.executable)} -m interlace"
         print(f"step {run.step}: loss {last.get('loss', float('nan')):.4f}. In {out}: {', '.join(made)}\n"
               f"sample from it: {command} generate --out {out} --prompt 'def '", flush=True)

@@ -1,14 +1,13 @@
 """Every number that `explain` prints against a real run: a model's tensors, a step's collectives, autograd's memory."""
-import functools
 import itertools
-import sys
 from collections import Counter
 
 import pytest
 import torch
 from ranks import run
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from interlace.kernels.comm import collectives, heap_of
+from interlace.kernels.comm import heap_of
 from interlace.models.config import Config, ModelConfig, OptimConfig, TrainerConfig
 from interlace.models.explain import HEAP, activations, explain, human, memory, parameters, tp_traffic
 from interlace.models.gpt import GPT
@@ -71,31 +70,26 @@ def test_parameters_of_every_combination(tp):
 # ---- bytes on the wire ----------------------------------------------------------------------------------------
 
 
-class Counted:
-    """Counts the collectives of this rank by wrapping their functions in every module that holds one."""
+class Counted(TorchDispatchMode):
+    """Counts the communication ops of this rank, by what they send."""
+
+    KINDS = {"all_reduce": "all-reduce", "gemm_ar": "all-reduce", "all_gather": "all-gather", "ag_gemm": "all-gather",
+             "reduce_scatter": "reduce-scatter", "gemm_rs": "reduce-scatter", "rs_residual_norm": "reduce-scatter"}
 
     def __init__(self, t):
-        self.t, self.calls, self.bytes, self.undo = t, Counter(), Counter(), []
+        super().__init__()
+        self.t, self.calls, self.bytes = t, Counter(), Counter()
 
-    def __enter__(self):
-        for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
-            plain = getattr(collectives, op)
-            wrapped = functools.wraps(plain)(functools.partial(self.call, op.replace("_", "-"), plain))
-            for module in [m for name, m in sys.modules.items() if name.startswith("interlace")]:
-                for name in [n for n, value in vars(module).items() if value is plain]:
-                    setattr(module, name, wrapped)
-                    self.undo.append((module, name, plain))
-        return self
-
-    def __exit__(self, *_):
-        for module, name, plain in self.undo:
-            setattr(module, name, plain)
-
-    def call(self, op, plain, x, group, *args, **kwargs):
-        n = x.numel() * x.element_size() * (self.t if op == "all-gather" else 1)
-        self.calls[op] += 1
-        self.bytes[op] += (self.t - 1) / self.t * n * (2 if op == "all-reduce" else 1)
-        return plain(x, group, *args, **kwargs)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._opname
+        if func.namespace == "interlace" and name in self.KINDS and args[-1]:       # args[-1]: the group's name, "" for one rank
+            op, x = self.KINDS[name], args[0]
+            n = x.numel() * (self.t if op == "all-gather" else 1)
+            if name in ("gemm_ar", "gemm_rs"):                                      # of the product
+                n = n // x.shape[-1] * args[1].shape[0]
+            self.calls[op] += 1
+            self.bytes[op] += (self.t - 1) / self.t * n * x.element_size() * (2 if op == "all-reduce" else 1)
+        return func(*args, **(kwargs or {}))
 
 
 def _traffic(rank, cfg):

@@ -7,7 +7,7 @@ from interlace.kernels.comm.gemm import _FAST, gemm
 
 @pytest.mark.parametrize("fast", [False, True], ids=["through fp32", "torch's own"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("M, K, N", [(5, 7, 3), (64, 300, 33), (0, 4, 2), (3, 0, 2)])
+@pytest.mark.parametrize("M, K, N", [(5, 7, 3), (64, 300, 33), (150, 4000, 40), (0, 4, 2), (3, 0, 2)])
 def test_16_bit_products(M, K, N, dtype, fast, monkeypatch):
     monkeypatch.setitem(_FAST, dtype, fast)
     g = torch.Generator().manual_seed(0)

@@ -121,6 +121,8 @@ def test_nan_stops_with_words_and_keeps_the_checkpoint(tmp_path, text):
 def test_generate(tmp_path, text):
     out = tmp_path / "run"
     run(2, _train, [*TINY, *text, "trainer.max_steps=40", "tp=2", "sp=true"], out)
+    paths = (out / "paths.txt").read_text()                           # which path each op took, and why
+    assert "ag_gemm [" in paths and "gemm_rs [" in paths and all(": heap, " in line for line in paths.replace("] ", ": ").splitlines())
     greedy = generate(out, "line 1: the", tokens=12, temperature=0)
     assert greedy.startswith("line 1: the") and len(greedy) > len("line 1: the")
     assert greedy == generate(out, "line 1: the", tokens=12, temperature=0)

@@ -15,7 +15,8 @@ struct Call {
   Heap& h;
   int rc = OK;
   bool staged = false;  // src is my buffer of the coming tick
-  Call(Heap* heap, uint32_t op, const void* src, const void* dst, int64_t bytes) : h(*heap) {
+  uint32_t op;
+  Call(Heap* heap, uint32_t plain, const void* src, const void* dst, int64_t bytes) : h(*heap), op(h.as ? h.as : plain) {
     if (h.busy.test_and_set(std::memory_order_acquire)) {
       rc = BUSY;
       return;
@@ -29,8 +30,13 @@ struct Call {
     else if (h.owns(dst))  // written after my signal, while others read it
       rc = h.fail(UNUSABLE, "%s: out lies in the heap, where others read; give it memory of its own", op_name(op));
   }
+  Desc desc(int dtype, int red, int64_t n) {
+    return Desc{op, uint32_t(dtype), uint32_t(red), staged, n, h.as ? h.rows : 0, h.as ? h.cols : 0};
+  }
   ~Call() {
-    if (rc != BUSY) h.busy.clear(std::memory_order_release);
+    if (rc == BUSY) return;
+    h.as = 0;
+    h.busy.clear(std::memory_order_release);
   }
 };
 
@@ -142,9 +148,8 @@ INTERLACE_API int interlace_all_reduce(Heap* heap, const void* src, void* dst, i
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const int64_t size = SIZES[dtype];
-  const bool staged = call.staged;
-  const Desc d{ALL_REDUCE, uint32_t(dtype), uint32_t(red), staged, n};
-  const int64_t c = staged ? std::max<int64_t>(n, 1) : h.chunk / size;
+  const Desc d = call.desc(dtype, red, n);
+  const int64_t c = d.staged ? std::max<int64_t>(n, 1) : h.chunk / size;
   const int64_t bytes = n * size;  // between two ranks both move as much; from 4 MB on one-shot's single pass wins: 271 to 444 us
   const auto run = bytes >= h.two_shot && (h.world > 2 || bytes < h.stream) ? two_shot : one_shot;
   return run(h, static_cast<const char*>(src), static_cast<char*>(dst), n, c, size, kernels().reduce[red][dtype], d);
@@ -155,16 +160,15 @@ INTERLACE_API int interlace_all_gather(Heap* heap, const void* src, void* dst, i
   Call call(heap, ALL_GATHER, src, dst, n * size);
   if (call.rc) return call.rc;
   Heap& h = *heap;
-  const bool staged = call.staged;
-  const Desc d{ALL_GATHER, uint32_t(dtype), 0, staged, n};
-  const int64_t bytes = n * size, c = staged ? std::max<int64_t>(bytes, 1) : h.chunk, span = std::min(bytes, c);
+  const Desc d = call.desc(dtype, 0, n);
+  const int64_t bytes = n * size, c = d.staged ? std::max<int64_t>(bytes, 1) : h.chunk, span = std::min(bytes, c);
   const auto put = copier(h, bytes * h.world);
   auto from = static_cast<const char*>(src);
   auto to = static_cast<char*>(dst);
   for (int64_t k = 0; k < chunks(bytes, c); k++) {
     const uint32_t t = h.epoch() + 1;
     const int64_t at = k * c, m = length(bytes, c, k);
-    if (!staged) fill(h, begin(h, t, span), from + at, m);
+    if (!d.staged) fill(h, begin(h, t, span), from + at, m);
     if (const int rc = tick(h, t, k, d)) return rc;
     for (int i = 0; i < h.world; i++) {
       const int r = (h.rank + i) % h.world;
@@ -203,8 +207,7 @@ INTERLACE_API int interlace_reduce_scatter(Heap* heap, const void* src, void* ds
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const int64_t size = SIZES[dtype];
-  const bool staged = call.staged;
-  const Desc d{REDUCE_SCATTER, uint32_t(dtype), 0, staged, n};
+  const Desc d = call.desc(dtype, 0, n);
   auto to = static_cast<char*>(dst);
   return scatter(h, static_cast<const char*>(src), n, size, d, [&](int64_t at, int64_t m, const void* const* from) {
     kernels().reduce[0][dtype](to + at * size, nullptr, from, h.world, m);
@@ -218,7 +221,7 @@ INTERLACE_API int interlace_all_to_all(Heap* heap, const void* src, void* dst, i
   Heap& h = *heap;
   const bool staged = call.staged;
   const auto put = copier(h, n * size * h.world);
-  const Desc d{ALL_TO_ALL, uint32_t(dtype), 0, staged, n};
+  const Desc d = call.desc(dtype, 0, n);
   auto to = static_cast<char*>(dst);
   return scatter(h, static_cast<const char*>(src), n, size, d, [&](int64_t at, int64_t m, const void* const* from) {
     for (int q = 0; q < h.world; q++) put(to + (q * n + at) * size, from[q], m * size);
@@ -229,4 +232,52 @@ INTERLACE_API int interlace_barrier(Heap* heap) {
   Call call(heap, BARRIER, nullptr, nullptr, 0);
   if (call.rc) return call.rc;
   return first_tick(*heap, heap->epoch() + 1, Desc{BARRIER, 1, 0, 0, 0});
+}
+
+// ---- fused ops: the caller computes between the steps, in the order heap.h tells ------------------------------------
+
+// The next collective works for fused op `op` over a matrix of rows x cols: it says so in its descriptor and its errors.
+INTERLACE_API void interlace_heap_as(Heap* h, int op, int64_t rows, int64_t cols) {
+  h->as = uint32_t(op), h->rows = rows, h->cols = cols;
+}
+
+// The opening tick: all ranks are about to walk the same matrix, or all are told who is not. The heap is taken until walk_end.
+INTERLACE_API int interlace_walk_begin(Heap* heap, int op, int64_t rows, int64_t cols, int dtype) {
+  Call call(heap, uint32_t(op), nullptr, nullptr, 0);
+  if (call.rc) return call.rc;
+  if (const int rc = first_tick(*heap, heap->epoch() + 1, Desc{uint32_t(op), uint32_t(dtype), 0, 0, rows * cols, rows, cols})) return rc;
+  heap->as = uint32_t(op);
+  call.rc = BUSY;  // stays taken
+  return OK;
+}
+
+namespace {
+char* half(const Heap& h, int r, uint32_t t) {
+  return h.data + (int64_t(r) * 2 + (t & uint32_t(h.buffers - 1))) * h.slot + (h.buffers > 1 ? int64_t(t >> 1 & 1) * (h.slot / 2) : 0);
+}
+}  // namespace
+
+// Step 1 of the coming tick: where I write, up to half a slot.
+INTERLACE_API void* interlace_walk_place(Heap* h) {
+  char* mine = half(*h, h->rank, h->epoch() + 1);
+  if (h->poison) memset(mine, 0xff, size_t(h->slot / 2));
+  return mine;
+}
+
+INTERLACE_API void interlace_walk_signal(Heap* h) { signal(*h, h->epoch() + 1); }             // step 2
+INTERLACE_API int interlace_walk_wait(Heap* h) { return wait_all(*h, h->epoch(), h->as); }     // step 3
+INTERLACE_API void* interlace_walk_peer(Heap* h, int r) { return half(*h, r, h->epoch()); }    // step 4: where rank r wrote
+
+// Step 4: dst = the sum over ranks of n elements from byte `at` of each place, in rank order.
+INTERLACE_API void interlace_walk_sum(Heap* h, void* dst, int64_t at, int64_t n, int dtype) {
+  std::vector<const void*> from(h->world);
+  for (int r = 0; r < h->world; r++) from[r] = half(*h, r, h->epoch()) + at;
+  kernels().reduce[0][dtype](dst, nullptr, from.data(), h->world, n);
+}
+
+// `done` is 0 where the walk broke off: the ranks are out of step, and the others are told that no signal will come.
+INTERLACE_API void interlace_walk_end(Heap* h, int done) {
+  if (!done && !h->broken) give_up(*h, UNUSABLE, "a fused op that broke off");
+  h->as = 0;
+  h->busy.clear(std::memory_order_release);
 }

@@ -21,6 +21,12 @@
 #endif
 
 namespace interlace {
+int give_up(Heap& h, int code, const char* why) {
+  h.broken = why;
+  h.line[h.rank].state.store(BROKEN);  // the others need not wait for a rank that will not come
+  return code;
+}
+
 namespace {
 
 constexpr int64_t PAGE = 4096;
@@ -60,12 +66,6 @@ bool dead(const Peer& p) {
   close(fd);
   const char* at = n > 0 ? strrchr(text, ')') : nullptr;
   return at && at[1] && (at[2] == 'Z' || at[2] == 'X');
-}
-
-int give_up(Heap& h, int code, const char* why) {
-  h.broken = why;
-  h.line[h.rank].state.store(BROKEN);  // the others need not wait for a rank that will not come
-  return code;
 }
 
 std::string who(const Heap& h, int r) {
@@ -112,14 +112,15 @@ int wait_long(Heap& h, int q, uint32_t t, uint32_t op) {
 }  // namespace
 
 const char* op_name(uint32_t op) {
-  static const char* names[] = {"barrier", "all_reduce", "all_gather", "reduce_scatter", "all_to_all"};
-  return op < 5 ? names[op] : "?";
+  static const char* names[] = {"barrier", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "gemm_ar", "gemm_rs", "ag_gemm"};
+  return op < 8 ? names[op] : "?";
 }
 
 std::string describe(const Desc& d) {
   static const char* types[] = {"float64", "float32", "bfloat16", "float16", "int64", "int32"};
   std::string s = std::string(op_name(d.op)) + "(";
   if (d.op == ALL_REDUCE) s += d.red ? "max, " : "sum, ";
+  if (d.op >= GEMM_AR) s += std::to_string(d.rows) + " rows of " + std::to_string(d.cols) + ", ";
   s += std::to_string(d.numel) + (d.dtype < 6 ? std::string(" x ") + types[d.dtype]
                                               : " elements of " + std::to_string(d.dtype - 6) + " bytes");
   return s + (d.staged ? ", staged)" : ")");

@@ -14,6 +14,13 @@
 // ahead of a reader, in any order of ops, and no op needs a barrier of its own. With one buffer (`buffers` = 1, tests only)
 // the first sentence fails: r may write tick t + 1 while q reads tick t, and test_heap.py shows it does.
 //
+// A fused op (the walk in collectives.cpp, kernels/comm/walk.py) computes between the steps. It opens with a tick that carries
+// the descriptor alone, and then takes them in the order 1 of tick t + 1, 3 and 4 of tick t, 2 of tick t + 1: it writes before it
+// waits, so ranks that are less than a block apart never wait. Step 2 still says that step 4 of the tick before is done, as
+// above, so any op may follow. But when r writes tick t + 1 it has only passed the wait of t - 1: of each q it knows that
+// q is done with tick t - 2. So its last three places must be three: each buffer is halved, and tick t lies in half (t >> 1) & 1
+// of buffer t & 1, which makes four. The opening tick keeps those clear of what the op before left to be read.
+//
 // Epochs are u32 (a futex word) compared by signed difference, so they may wrap: ranks are at most one tick apart. They live
 // in the segment, not in a process. With the first signal of a collective goes a descriptor (op, dtype, size) in
 // line[r].desc[t & 1]; it is protected by the same argument as the data. All ranks see all descriptors, so all of them refuse
@@ -32,8 +39,10 @@ namespace interlace {
 struct Desc {
   uint32_t op, dtype, red, staged;
   int64_t numel;
+  int64_t rows = 0, cols = 0;  // of a fused op: of the matrix that is exchanged, all blocks of it
   bool operator==(const Desc& o) const {
-    return op == o.op && dtype == o.dtype && red == o.red && staged == o.staged && numel == o.numel;
+    return op == o.op && dtype == o.dtype && red == o.red && staged == o.staged && numel == o.numel && rows == o.rows &&
+           cols == o.cols;
   }
 };
 
@@ -47,7 +56,7 @@ struct alignas(128) Line {
 static_assert(sizeof(Line) == 128 && std::atomic<uint32_t>::is_always_lock_free);
 
 enum State : uint32_t { OPEN = 0, CLOSED = 1, BROKEN = 2 };
-enum Op : uint32_t { BARRIER, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL };
+enum Op : uint32_t { BARRIER, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, GEMM_AR, GEMM_RS, AG_GEMM };
 enum Step : int64_t { WRITE, DESCRIBE, SIGNAL, WAIT, COMPARE, READ };  // the table of them: kernels/comm/protocol.py
 enum Code { OK = 0, MISMATCH = 1, TIMEOUT = 2, DIED = 3, INTERRUPTED = 4, UNUSABLE = 5, SYSTEM = 6, NO_SPACE = 7, BUSY = 8 };
 
@@ -75,6 +84,8 @@ struct Heap {
   int poison = 0, delay_us = 0; // tests: fill a buffer with NaN before it is written, dawdle before it is read
   int64_t *trace = nullptr, room = 0;  // tests: the number of rows, then rows of (nanoseconds, step, tick, rank, buffer)
   std::atomic_flag busy = ATOMIC_FLAG_INIT;
+  uint32_t as = 0;              // the fused op that the next collective works for, its rows and columns: in the descriptor
+  int64_t rows = 0, cols = 0;
   const char* broken = nullptr;
   char err[1024] = "";
 
@@ -97,6 +108,7 @@ struct Heap {
   }
 };
 
+int give_up(Heap& h, int code, const char* why);       // out of use from here on: the others need not wait for this rank
 const char* op_name(uint32_t op);
 std::string describe(const Desc& d);
 char* begin(Heap& h, uint32_t t, int64_t span);        // step 1: my place of tick t, about to be written

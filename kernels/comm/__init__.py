@@ -1,11 +1,14 @@
 """Communication kernels: operators over one group of ranks. On CPU they go through shared memory (`SymmHeap`)."""
-from .collectives import all_gather, all_reduce, all_to_all, group_size, reduce_scatter
+from .agree import paths_taken
+from .choose import choose
+from .collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from .gemm import gemm
 from .gemm_ar import copy_gemm, gemm_ar, gemm_ar_ref
 from .gemm_rs import ag_gemm, ag_gemm_ref, gemm_rs, gemm_rs_ref
 from .heap import CollectiveMismatch, HeapUnavailable, PeerDied, SymmHeap, heap_of
+from .registry import group_size
 from .rs_residual_norm import rs_residual_norm, rs_residual_norm_ref
 
 __all__ = ["CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHeap", "ag_gemm", "ag_gemm_ref", "all_gather", "all_reduce",
-           "all_to_all", "copy_gemm", "gemm", "gemm_ar", "gemm_ar_ref", "gemm_rs", "gemm_rs_ref", "group_size", "heap_of",
-           "reduce_scatter", "rs_residual_norm", "rs_residual_norm_ref"]
+           "all_to_all", "choose", "copy_gemm", "gemm", "gemm_ar", "gemm_ar_ref", "gemm_rs", "gemm_rs_ref", "group_size", "heap_of",
+           "paths_taken", "reduce_scatter", "rs_residual_norm", "rs_residual_norm_ref"]

@@ -10,18 +10,22 @@ Time      T = T_call + T_signal + bytes / B:  about 3 us of Python and ctypes, 0
 Numerics  sums run in rank order, in fp32 for bf16 and fp16, one rounding: bitwise equal on every rank and in every run
 Source    one- and two-shot all-reduce as in vLLM's and TensorRT-LLM's custom all-reduce; csrc/runtime/ has the protocol
 
+Backward  all_reduce <-> itself, all_gather <-> reduce_scatter, all_to_all <-> itself: the exact dual, where every rank's loss
+          counts. A layer that knows its gradients to be replicated has cheaper ones: parallel/collectives.py
+
 x is never written to. The result is new memory (a copy even for one rank, so it may be modified), or `out`, which may be x
-itself in all_reduce. No autograd here: the layers hold the duals.
+itself in all_reduce; no gradient flows through `out`.
 """
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..dispatch import traced
 from .heap import CODES, LIB, SymmHeap, _heaps, heap_of
+from .registry import Group, group_size, register
 
 __all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "group_size", "reduce_scatter"]
 
-Group = dist.ProcessGroup | SymmHeap | None
 _OPS = {"sum": (0, dist.ReduceOp.SUM), "max": (1, dist.ReduceOp.MAX)}
 _unset = object()
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed them, and warns
@@ -45,11 +49,6 @@ def _torch_group(x: Tensor, group: Group) -> tuple[dist.ProcessGroup | None, int
     return group, 1 if group is None else dist.get_world_size(group)  # type: ignore[return-value, arg-type]
 
 
-def group_size(group: Group) -> int:
-    """The number of ranks of `group`: 1 for None."""
-    return group.size if isinstance(group, SymmHeap) else 1 if group is None else dist.get_world_size(group)
-
-
 def _result(op: str, x: Tensor, shape: tuple[int, ...] | torch.Size, out: Tensor | None) -> Tensor:
     if out is None:
         return x.new_empty(shape)
@@ -71,14 +70,10 @@ def _code(x: Tensor) -> int:
     return CODES.get(x.dtype, 6 + x.dtype.itemsize)
 
 
-def all_reduce(x: Tensor, group: Group, *, op: str = "sum", out: Tensor | None = None) -> Tensor:
-    """out[i] = sum (op="max": maximum) of x[i] over the ranks of `group`. Every rank gets the same bits.
+# ---- ops ------------------------------------------------------------------------------------------------------
 
-    Args: x, of one shape and dtype on all ranks; group  process group, SymmHeap, or None for one rank; out  may be x.
-    Raises: CollectiveMismatch, PeerDied, TimeoutError, each naming the rank; ValueError for a bad op or out.
-    """
-    if op not in _OPS:
-        raise ValueError(f"all_reduce: op must be 'sum' or 'max', got {op!r}")
+
+def _all_reduce(x: Tensor, op: str, group: Group, out: Tensor | None = None) -> Tensor:
     heap, code = _heap(x, group), CODES.get(x.dtype)
     if not x.is_contiguous():
         x = x.contiguous()
@@ -96,12 +91,7 @@ def all_reduce(x: Tensor, group: Group, *, op: str = "sum", out: Tensor | None =
     return y
 
 
-def all_gather(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
-    """The x of every rank of `group`, one after the other along dimension 0. x has one shape on all ranks; any dtype.
-
-    Raises: as `all_reduce`; ValueError for a scalar x."""
-    if x.dim() == 0:
-        raise ValueError("all_gather: x must have a dimension to concatenate along, got a scalar; use x.view(1)")
+def _all_gather(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     heap = _heap(x, group)
     if not x.is_contiguous():
         x = x.contiguous()
@@ -117,10 +107,7 @@ def all_gather(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     return y
 
 
-def reduce_scatter(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
-    """This rank's 1/W of the sum of x over the ranks of `group`, along dimension 0.
-
-    Raises: as `all_reduce`; ValueError where dimension 0 is not divisible by the group's size."""
+def _reduce_scatter(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     heap, code = _heap(x, group), CODES.get(x.dtype)
     pg, size = (None, heap.size) if heap is not None else _torch_group(x, group)
     y = _result("reduce_scatter", x, (_parts("reduce_scatter", x, size), *x.shape[1:]), out)
@@ -136,10 +123,7 @@ def reduce_scatter(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor
     return y
 
 
-def all_to_all(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
-    """Equal parts of x along dimension 0, part r to rank r; the result has the part of every rank, in rank order. Any dtype.
-
-    Raises: as `all_reduce`; ValueError where dimension 0 is not divisible by the group's size."""
+def _all_to_all(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     heap = _heap(x, group)
     pg, size = (None, heap.size) if heap is not None else _torch_group(x, group)
     _parts("all_to_all", x, size)
@@ -154,3 +138,84 @@ def all_to_all(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     else:
         y.copy_(x)
     return y
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------
+
+
+def _setup(ctx, inputs, output):
+    ctx.group = inputs[-1]
+
+
+def _reduce_setup(ctx, inputs, output):
+    _, ctx.op, ctx.group = inputs
+
+
+def _reduce_backward(ctx, dy):
+    if ctx.op != "sum":
+        raise NotImplementedError(f"all_reduce: only op='sum' has a gradient, got {ctx.op!r}; detach x")
+    return _reduce(dy, "sum", ctx.group), None, None
+
+
+_reduce = register("all_reduce(Tensor x, str op, str group) -> Tensor", _all_reduce,
+                   lambda x, op, world: x.new_empty(x.shape), _reduce_setup, _reduce_backward)
+_gather = register("all_gather(Tensor x, str group) -> Tensor", _all_gather,
+                   lambda x, world: x.new_empty(x.shape[0] * world, *x.shape[1:]), _setup,
+                   lambda ctx, dy: (_scatter(dy, ctx.group), None))
+_scatter = register("reduce_scatter(Tensor x, str group) -> Tensor", _reduce_scatter,
+                    lambda x, world: x.new_empty(x.shape[0] // world, *x.shape[1:]), _setup,
+                    lambda ctx, dy: (_gather(dy, ctx.group), None))
+_exchange = register("all_to_all(Tensor x, str group) -> Tensor", _all_to_all,
+                     lambda x, world: x.new_empty(x.shape), _setup, lambda ctx, dy: (_exchange(dy, ctx.group), None))
+
+
+def _lean(x: Tensor, out: Tensor | None) -> bool:
+    """True where nobody records x: then a call is its kernel. What is recorded goes through the op."""
+    return not traced() and (out is not None or not (x.requires_grad and torch.is_grad_enabled()))
+
+
+def _into(y: Tensor, out: Tensor | None) -> Tensor:
+    return y if out is None else out.copy_(y)
+
+
+# ---- public ---------------------------------------------------------------------------------------------------
+
+
+def all_reduce(x: Tensor, group: Group, *, op: str = "sum", out: Tensor | None = None) -> Tensor:
+    """out[i] = sum (op="max": maximum) of x[i] over the ranks of `group`. Every rank gets the same bits.
+
+    Args: x, of one shape and dtype on all ranks; group  process group, SymmHeap, or None for one rank; out  may be x.
+    Raises: CollectiveMismatch, PeerDied, TimeoutError, each naming the rank; ValueError for a bad op or out.
+    """
+    if op not in _OPS:
+        raise ValueError(f"all_reduce: op must be 'sum' or 'max', got {op!r}")
+    return _all_reduce(x, op, group, out) if _lean(x, out) else _into(_reduce(x, op, group), out)
+
+
+def all_gather(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
+    """The x of every rank of `group`, one after the other along dimension 0. x has one shape on all ranks; any dtype.
+
+    Raises: as `all_reduce`; ValueError for a scalar x."""
+    if x.dim() == 0:
+        raise ValueError("all_gather: x must have a dimension to concatenate along, got a scalar; use x.view(1)")
+    return _all_gather(x, group, out) if _lean(x, out) else _into(_gather(x, group), out)
+
+
+def reduce_scatter(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
+    """This rank's 1/W of the sum of x over the ranks of `group`, along dimension 0.
+
+    Raises: as `all_reduce`; ValueError where dimension 0 is not divisible by the group's size."""
+    if _lean(x, out):
+        return _reduce_scatter(x, group, out)
+    _parts("reduce_scatter", x, group_size(group))
+    return _into(_scatter(x, group), out)
+
+
+def all_to_all(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
+    """Equal parts of x along dimension 0, part r to rank r; the result has the part of every rank, in rank order. Any dtype.
+
+    Raises: as `all_reduce`; ValueError where dimension 0 is not divisible by the group's size."""
+    if _lean(x, out):
+        return _all_to_all(x, group, out)
+    _parts("all_to_all", x, group_size(group))
+    return _into(_exchange(x, group), out)

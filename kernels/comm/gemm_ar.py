@@ -8,14 +8,17 @@ Numerics  the product in the type's own GEMM, then a sum in rank order with fp32
 Source    f and g of Megatron-LM, arXiv:1909.08053
 
 On a CPU the product is written straight into this rank's slot of the heap, block by block, and reduced from there while
-still in cache: no copy-in. There is no overlap on a CPU; the gain is the faster collective and the saved pass.
+still in cache: no copy-in. There is no overlap on a CPU, in the backward neither: the gain is the faster collective and the
+saved pass. Which path, and what it costs: choose.py.
 """
 import torch
 from torch import Tensor
 
-from .collectives import Group, all_reduce
-from .gemm import check_gemm, gemm
-from .heap import heap_of
+from .agree import agree, choose_path
+from .collectives import all_reduce
+from .gemm import check_gemm, flat, gemm, wide
+from .registry import Group, register
+from .walk import summed_product
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -28,54 +31,64 @@ def gemm_ar_ref(x: Tensor, w: Tensor, group: Group) -> Tensor:
 
 
 def reduced_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
-    """all_reduce(a @ b) for 2-d a and b, staged in the heap where there is one."""
-    if group is None:
+    """all_reduce(a @ b) for 2-d a and b, by the path that `choose` names."""
+    path, heap = choose_path("gemm_ar", a.shape[0], b.shape[1], a.shape[1], a, group)
+    if path.name == "one rank":
         return gemm(a, b)
-    heap = heap_of(group) if a.device.type == "cpu" else None
-    if heap is None:
-        return all_reduce(gemm(a, b), group)
-    (M, _), (_, N) = a.shape, b.shape
-    y = a.new_empty(M, N)
-    step = heap.nbytes // max(1, N * a.element_size())              # rows that fit a slot
-    if step == 0 or M == 0:
-        return all_reduce(gemm(a, b), heap, out=y)
-    for i in range(0, M, step):
+    (M, _), N = a.shape, b.shape[1]
+    if path.name == "heap, walked":
+        return summed_product("gemm_ar", a, b, heap, 0, M)
+    if path.name != "heap, staged":
+        y = gemm(a, b)
+        if heap is None:
+            agree("gemm_ar", group, rows=M, cols=N, dtype=a.dtype)
+        else:
+            heap.serve("gemm_ar", M, N)
+        return all_reduce(y, heap or group, out=y)
+    y, b = a.new_empty(M, N), wide(b)
+    step = heap.nbytes // max(1, N * a.element_size())               # rows that fit a slot
+    for i in range(0, max(M, 1), step):
         rows = a[i:i + step]
-        block = heap.stage((rows.shape[0], N), a.dtype)
-        all_reduce(gemm(rows, b, out=block), heap, out=y[i:i + step])
+        block = gemm(rows, b, out=heap.stage((rows.shape[0], N), a.dtype))
+        heap.serve("gemm_ar", M, N)
+        all_reduce(block, heap, out=y[i:i + step])
     return y
+
+
+def _gemm_ar_run(x: Tensor, w: Tensor, group: Group) -> Tensor:
+    return reduced_product(flat(x), w.t(), group).view(*x.shape[:-1], w.shape[0])
+
+
+def _copy_gemm_run(x: Tensor, w: Tensor, group: Group) -> Tensor:
+    return gemm(flat(x), w.t()).view(*x.shape[:-1], w.shape[0])
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------
 
 
-class _GemmAR(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w, group):
-        ctx.save_for_backward(x, w)
-        return reduced_product(x.reshape(-1, x.shape[-1]), w.t(), group).view(*x.shape[:-1], w.shape[0])
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        dy2 = dy.reshape(-1, dy.shape[-1])
-        return gemm(dy2, w).view_as(x), gemm(dy2.t(), x.reshape(-1, x.shape[-1])), None
+def _setup(ctx, inputs, output):
+    x, w, ctx.group = inputs
+    ctx.save_for_backward(x, w)
 
 
-class _CopyGemm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w, group):
-        ctx.save_for_backward(x, w)
-        ctx.group = group
-        return gemm(x.reshape(-1, x.shape[-1]), w.t()).view(*x.shape[:-1], w.shape[0])
+def _gemm_ar_backward(ctx, dy):
+    x, w = ctx.saved_tensors
+    dx = gemm(flat(dy), w).view(x.shape) if ctx.needs_input_grad[0] else None
+    return dx, gemm(flat(dy).t(), flat(x)) if ctx.needs_input_grad[1] else None, None
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        dy2 = dy.reshape(-1, dy.shape[-1])
-        dx = reduced_product(dy2, w, ctx.group).view_as(x) if ctx.needs_input_grad[0] else None
-        return dx, gemm(dy2.t(), x.reshape(-1, x.shape[-1])), None
 
+def _copy_gemm_backward(ctx, dy):
+    x, w = ctx.saved_tensors
+    dx = _gemm_ar(dy, w.t(), ctx.group) if ctx.needs_input_grad[0] else None
+    return dx, gemm(flat(dy).t(), flat(x)) if ctx.needs_input_grad[1] else None, None
+
+
+def _fake(x: Tensor, w: Tensor, world: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], w.shape[0])
+
+
+_gemm_ar = register("gemm_ar(Tensor x, Tensor w, str group) -> Tensor", _gemm_ar_run, _fake, _setup, _gemm_ar_backward)
+_copy_gemm = register("copy_gemm(Tensor x, Tensor w, str group) -> Tensor", _copy_gemm_run, _fake, _setup, _copy_gemm_backward)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 
@@ -85,7 +98,7 @@ def gemm_ar(x: Tensor, w: Tensor, group: Group = None) -> Tensor:
 
     Args: x [..., K/t], w [N, K/t] of one dtype. Returns: y [..., N]. Raises: ValueError on shapes or dtypes."""
     check_gemm("gemm_ar", x, w)
-    return _GemmAR.apply(x, w, group)
+    return _gemm_ar(x, w, group)
 
 
 def copy_gemm(x: Tensor, w: Tensor, group: Group = None) -> Tensor:
@@ -93,4 +106,4 @@ def copy_gemm(x: Tensor, w: Tensor, group: Group = None) -> Tensor:
 
     Args: x [..., K], w [N/t, K] of one dtype. Returns: y [..., N/t]. Raises: ValueError on shapes or dtypes."""
     check_gemm("copy_gemm", x, w)
-    return _CopyGemm.apply(x, w, group)
+    return _copy_gemm(x, w, group)

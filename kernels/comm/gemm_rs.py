@@ -2,7 +2,8 @@
 
 Shapes    gemm_rs: x [S, ..., K/t], w [N, K/t] -> y [S/t, ..., N]      ag_gemm: x [S/t, ..., K], w [N/t, K] -> y [S, ..., N/t]
 Backward  gemm_rs: dyg = all_gather(dy); dx = dyg @ w, dw = dyg.T @ x
-          ag_gemm: dx = gemm_rs(dy, w.T), dw = dy.T @ all_gather(x): x is gathered again rather than kept, t times smaller
+          ag_gemm: dx = gemm_rs(dy, w.T), dw = dy.T @ all_gather(x): x is gathered again rather than kept t times as
+          large (regather=False keeps it)
 Bytes     one reduce-scatter of M * N, or one all-gather of M * K, times itemsize (collectives.py)   FLOPs  2 M N K / t a pass
 Numerics  the product in the type's own GEMM, then a sum in rank order with fp32 accumulation
 Source    sequence parallelism, arXiv:2205.05198
@@ -10,9 +11,11 @@ Source    sequence parallelism, arXiv:2205.05198
 import torch
 from torch import Tensor
 
-from .collectives import Group, all_gather, group_size, reduce_scatter
-from .gemm import check_gemm, gemm
-from .heap import heap_of
+from .agree import agree, choose_path
+from .collectives import _gather, all_gather, reduce_scatter
+from .gemm import check_gemm, flat, gemm
+from .registry import Group, group_size, register
+from .walk import gathered_product, summed_product
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -29,52 +32,81 @@ def ag_gemm_ref(x: Tensor, w: Tensor, group: Group) -> Tensor:
 
 
 def scattered_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
-    """reduce_scatter(a @ b, dim 0) for 2-d a and b, staged in the heap where the product fits a slot."""
-    if group is None:
+    """reduce_scatter(a @ b, dim 0) for 2-d a and b, by the path that `choose` names."""
+    (M, _), N = a.shape, b.shape[1]
+    path, heap = choose_path("gemm_rs", M, N, a.shape[1], a, group)
+    if path.name == "one rank":
         return gemm(a, b)
-    heap = heap_of(group) if a.device.type == "cpu" else None
+    if path.name == "heap, walked":
+        part = M // heap.size
+        return summed_product("gemm_rs", a, b, heap, heap.rank * part, (heap.rank + 1) * part)
+    y = gemm(a, b, out=heap.stage((M, N), a.dtype) if path.name == "heap, staged" else None)
     if heap is None:
-        return reduce_scatter(gemm(a, b), group)
-    block = heap.stage((a.shape[0], b.shape[1]), a.dtype)
-    return reduce_scatter(gemm(a, b, out=block), heap)
+        agree("gemm_rs", group, rows=M, cols=N, dtype=a.dtype)
+    else:
+        heap.serve("gemm_rs", M, N)
+    return reduce_scatter(y, heap or group)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+def _gemm_rs_run(x: Tensor, w: Tensor, group: Group) -> Tensor:
+    t = group_size(group)
+    return scattered_product(flat(x), w.t(), group).view(x.shape[0] // t, *x.shape[1:-1], w.shape[0])
+
+
+def _ag_gemm_run(x: Tensor, w: Tensor, gathered: bool, group: Group) -> tuple[Tensor, Tensor]:
+    """y, and the gathered x where it is wanted, which takes one piece of memory: no walk then."""
+    rows, b, none = flat(x), w.t(), x.new_empty(0)
+    path, heap = choose_path("ag_gemm", *rows.shape, w.shape[0], x, group, whole=gathered)
+    shape = (x.shape[0] * group_size(group), *x.shape[1:-1], w.shape[0])
+    if path.name == "heap, walked":
+        return gathered_product(rows, b, heap).view(shape), none
+    if heap is not None:
+        heap.serve("ag_gemm", *rows.shape)
+    elif path.name != "one rank":
+        agree("ag_gemm", group, rows=rows.shape[0], cols=rows.shape[1], dtype=x.dtype)
+    xs = all_gather(rows, heap or group)
+    return gemm(xs, b).view(shape), xs if gathered else none
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------
 
 
-class _GemmRS(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w, group):
-        ctx.save_for_backward(x, w)
-        ctx.group = group
-        t = group_size(group)
-        return scattered_product(_flat(x), w.t(), group).view(x.shape[0] // t, *x.shape[1:-1], w.shape[0])
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        dyg = all_gather(_flat(dy), ctx.group)
-        return gemm(dyg, w).view_as(x), gemm(dyg.t(), _flat(x)), None
+def _gemm_rs_setup(ctx, inputs, output):
+    x, w, ctx.group = inputs
+    ctx.save_for_backward(x, w)
 
 
-class _AgGemm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w, group):
-        ctx.save_for_backward(x, w)
-        ctx.group = group
-        t = group_size(group)
-        return gemm(all_gather(_flat(x), group), w.t()).view(x.shape[0] * t, *x.shape[1:-1], w.shape[0])
+def _gemm_rs_backward(ctx, dy):
+    x, w = ctx.saved_tensors
+    if not ctx.needs_input_grad[1]:
+        return _ag_gemm(dy, w.t(), False, ctx.group)[0], None, None
+    dx, dyg = _ag_gemm(dy, w.t(), True, ctx.group)
+    return dx, gemm(dyg.t(), flat(x)), None
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        dx = scattered_product(_flat(dy), w, ctx.group).view_as(x) if ctx.needs_input_grad[0] else None
-        return dx, gemm(_flat(dy).t(), all_gather(_flat(x), ctx.group)), None
 
+def _ag_gemm_setup(ctx, inputs, output):
+    x, w, ctx.kept, ctx.group = inputs
+    ctx.set_materialize_grads(False)                                  # none ever comes for the gathered x
+    ctx.save_for_backward(output[1] if ctx.kept else x, w)
+
+
+def _ag_gemm_backward(ctx, dy, _):
+    x, w = ctx.saved_tensors
+    dx = _gemm_rs(dy, w.t(), ctx.group) if ctx.needs_input_grad[0] else None
+    dw = gemm(flat(dy).t(), x if ctx.kept else _gather(flat(x), ctx.group)) if ctx.needs_input_grad[1] else None
+    return dx, dw, None, None
+
+
+def _fake_ag(x: Tensor, w: Tensor, gathered: bool, world: int) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0] * world, *x.shape[1:-1], w.shape[0])
+    return y, x.new_empty(x.shape[:-1].numel() * world, x.shape[-1]) if gathered else x.new_empty(0)
+
+
+_gemm_rs = register("gemm_rs(Tensor x, Tensor w, str group) -> Tensor", _gemm_rs_run,
+                    lambda x, w, world: x.new_empty(x.shape[0] // world, *x.shape[1:-1], w.shape[0]),
+                    _gemm_rs_setup, _gemm_rs_backward)
+_ag_gemm = register("ag_gemm(Tensor x, Tensor w, bool gathered, str group) -> (Tensor, Tensor)", _ag_gemm_run, _fake_ag,
+                    _ag_gemm_setup, _ag_gemm_backward, keep=2)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 
@@ -88,14 +120,15 @@ def gemm_rs(x: Tensor, w: Tensor, group: Group = None) -> Tensor:
     if x.dim() < 2 or x.shape[0] % group_size(group):
         raise ValueError(f"gemm_rs: dim 0 of x must be divisible by the {group_size(group)} ranks of the group, "
                          f"got {list(x.shape)}; pad it")
-    return _GemmRS.apply(x, w, group)
+    return _gemm_rs(x, w, group)
 
 
-def ag_gemm(x: Tensor, w: Tensor, group: Group = None) -> Tensor:
+def ag_gemm(x: Tensor, w: Tensor, group: Group = None, *, regather: bool = True) -> Tensor:
     """all_gather(x) along dim 0, times w.T, over `group` (a process group, a SymmHeap, or None: one rank).
 
-    Args: x [S/t, ..., K], w [N/t, K] of one dtype. Returns: y [S, ..., N/t]. Raises: ValueError on shapes or dtypes."""
+    Args: x [S/t, ..., K], w [N/t, K] of one dtype. regather: the backward gathers x again for dw, and 1/t of the bytes is kept
+    until then; False keeps the gathered x. Returns: y [S, ..., N/t]. Raises: ValueError on shapes or dtypes."""
     check_gemm("ag_gemm", x, w)
     if x.dim() < 2:
         raise ValueError(f"ag_gemm: x must have a dim 0 to gather and a last dim, got {list(x.shape)}")
-    return _AgGemm.apply(x, w, group)
+    return _ag_gemm(x, w, not regather, group)[0]

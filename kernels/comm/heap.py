@@ -26,10 +26,11 @@ from torch import Tensor
 
 from ..dispatch import build_info
 
-__all__ = ["CODES", "CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHeap", "heap_of"]
+__all__ = ["CODES", "CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHeap", "by_hand", "heap_of"]
 
 # Codes of the sums in csrc/runtime/heap.h; other types travel as bytes, as code 6 + itemsize.
 CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.int32: 5}
+OPS = {"gemm_ar": 5, "gemm_rs": 6, "ag_gemm": 7}                      # fused ops in csrc/runtime/heap.h
 SHM = "/dev/shm"
 
 
@@ -89,7 +90,9 @@ def _load() -> tuple[Any, str]:
         ("heap_error", s, (p,)), ("heap_data", p, (p,)), ("heap_next", p, (p, n)), ("heap_on_wait", None, (p, _POLL)),
         ("heap_test", None, (p, i, i)), ("heap_tune", None, (p, i, i, n, n)), ("barrier", i, (p,)),
         ("all_reduce", i, (p, p, p, n, i, i)), ("all_gather", i, (p, p, p, n, n, i)),
-        ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, n, n, i)),
+        ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, n, n, i)), ("heap_as", None, (p, i, n, n)),
+        ("walk_begin", i, (p, i, n, n, i)), ("walk_place", p, (p,)), ("walk_signal", None, (p,)), ("walk_wait", i, (p,)),
+        ("walk_peer", p, (p, i)), ("walk_sum", None, (p, p, n, n, i)), ("walk_end", None, (p, i)),
     ):
         fn = getattr(lib, f"interlace_{name}")
         fn.restype, fn.argtypes = result, args
@@ -97,6 +100,9 @@ def _load() -> tuple[Any, str]:
 
 
 LIB, WHY_NOT = _load()
+
+by_hand: weakref.WeakValueDictionary[str, "SymmHeap"] = weakref.WeakValueDictionary()   # by group_name, for ops (registry.py)
+_count = itertools.count()
 
 # ---- the heap -------------------------------------------------------------------------------------------------
 
@@ -144,6 +150,8 @@ class SymmHeap:
                  directory: str = SHM, _buffers: int = 2):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.name = name or next((n for n in (group.group_desc, group.group_name) if n and n != "undefined"), "?")
+        self.group_name = f"{group.group_name}/heap {next(_count)}"   # as an op's schema names it, here and on no other rank
+        by_hand[self.group_name] = self
         self.nbytes = -(-max(nbytes, 64 * self.size) // 4096) * 4096         # pages, and a cache line for each rank
         self._segment: _Segment | None = None
         self.handle, self._base = 0, 0
@@ -161,8 +169,8 @@ class SymmHeap:
         self._pids, self._global = ((ctypes.c_int * self.size)(*column) for column in itertools.islice(zip(*peers), 3, 5))
         self._join(directory, timeout, _buffers)
         assert self._segment is not None
-        self._mine: Tensor | None = self._segment.view(2 * self.nbytes * self.rank, 2 * self.nbytes)
-        self._base = self._mine.data_ptr()
+        self._all: Tensor | None = self._segment.view(0, 2 * self.nbytes * self.size)
+        self._base = self._all.data_ptr()
 
     def _join(self, directory: str, timeout: float, buffers: int) -> None:
         """Rank 0 creates, all map. A second try with a name, where /proc/<pid>/fd cannot be opened or O_TMPFILE is not known."""
@@ -198,15 +206,24 @@ class SymmHeap:
             if failed[1] == 7 or named:
                 raise OSError(28 if failed[1] == 7 else 0, f"SymmHeap: rank {failed[0]} of group '{self.name}': {failed[2]}")
 
+    def view(self, address: int, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+        """The memory at `address`, which lies in the heap, as a tensor."""
+        assert self._all is not None
+        at = address - self._base
+        return self._all[at:at + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
     def stage(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor | None:
         """A tensor in this rank's buffer of the next collective, uninitialised; None where it does not fit.
 
         Hand all of it to the next collective over this heap, on all ranks: its copy-in is skipped. After that it is not yours."""
         nbytes = prod(shape) * dtype.itemsize
-        if nbytes > self.nbytes or self._mine is None:
+        if nbytes > self.nbytes or self._all is None:
             return None
-        at = LIB.interlace_heap_next(self.handle, nbytes) - self._base
-        return self._mine[at:at + nbytes].view(dtype).view(shape)
+        return self.view(LIB.interlace_heap_next(self.handle, nbytes), shape, dtype)
+
+    def serve(self, op: str, rows: int, cols: int) -> None:
+        """The next collective works for fused op `op`, over a rows x cols matrix: all ranks must say the same, and errors do."""
+        LIB.interlace_heap_as(self.handle, OPS[op], rows, cols)
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
@@ -224,9 +241,9 @@ class SymmHeap:
 
     def close(self) -> None:
         """Leave: a rank that waits for this one is told. The memory goes when its last staged tensor does."""
-        if self._mine is not None:
+        if self._all is not None:
             LIB.interlace_heap_close(self.handle)
-            self._mine = None
+            self._all = None
 
     def __repr__(self) -> str:
         return f"SymmHeap({self.name!r}, rank {self.rank} of {self.size}, 2 x {self.nbytes} bytes)"

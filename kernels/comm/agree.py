@@ -1,0 +1,70 @@
+"""At an op's first use with some sizes: which path it takes (kept, for a run to tell), and whether all ranks mean the same.
+
+Over the heap every call carries op, dtype, rows and columns with its first signal (csrc/runtime/heap.h), so a mismatch is found
+at every call, before anything is read. torch.distributed has no such word: there `agree` exchanges it once for each new case.
+"""
+import functools
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .choose import Path, choose
+from .heap import CODES, CollectiveMismatch, SymmHeap, heap_of
+from .registry import Group, group_size
+
+__all__ = ["agree", "check_device", "choose_path", "paths_taken"]
+
+_agreed: set[tuple] = set()
+_taken: dict[tuple, Path] = {}
+_choose = functools.cache(choose)
+
+
+def choose_path(op: str, rows: int, cols: int, inner: int, x: Tensor, group: Group, whole: bool = False) -> tuple[Path, SymmHeap | None]:
+    """The path of `op` over x's type and device, as choose.choose, and the heap where it goes over one."""
+    if group is None:
+        return _choose(op, rows, cols, inner, x.element_size(), 1), None
+    if not x.is_cpu:
+        check_device(op, x, group)
+    heap = heap_of(group) if x.is_cpu and x.dtype in CODES else None
+    world = heap.size if heap is not None else group_size(group)
+    path = _choose(op, rows, cols, inner, x.element_size(), world, x.device.type, heap.nbytes if heap is not None else 0, whole)
+    key = (op, rows, cols, inner, x.dtype, world)
+    if key not in _taken:
+        _taken[key] = path
+    return path, heap if path.name.startswith("heap") else None
+
+
+def paths_taken() -> list[str]:
+    """A line for every op, size and type this process has run over more than one rank: which path, and why."""
+    return [f"{op} [{rows} x {cols}, K {inner}, {str(dtype)[6:]}, {world} ranks] {path}"
+            for (op, rows, cols, inner, dtype, world), path in _taken.items() if world > 1]
+
+
+def agree(op: str, group: Group, **what: object) -> None:
+    """Every rank of `group` calls `op` with the same `what`; checked once for each. Where the heap is not there to see it.
+
+    Raises: CollectiveMismatch, on every rank; ValueError where x is on a device the group does not serve."""
+    if isinstance(group, SymmHeap):
+        group = group.group
+    assert group is not None
+    mine = (op, *((k, str(v)) for k, v in sorted(what.items())))
+    key = (group.group_name, *mine)
+    if key in _agreed:
+        return
+    every: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, mine, group)
+    for rank, other in enumerate(every):
+        if other != mine:
+            tell = lambda call: f"{call[0]}({', '.join(f'{k}={v}' for k, v in call[1:])})"  # noqa: E731
+            raise CollectiveMismatch(f"{op}: rank {dist.get_rank(group)} of group '{group.group_name}' called {tell(mine)}, but rank "
+                                     f"{rank} called {tell(other)}; every rank must make the same call")
+    _agreed.add(key)
+
+
+def check_device(op: str, x: Tensor, group: Group) -> None:
+    """Raises: ValueError where the group has no backend for x's device."""
+    if isinstance(group, SymmHeap):
+        group = group.group
+    if group is not None and x.device.type not in (kinds := [d.type for d in group._device_types]):
+        raise ValueError(f"{op}: the group must serve the device of x, {x.device}, got group '{group.group_name}' for "
+                         f"{', '.join(kinds)}; move x, or make the group with a backend for {x.device.type}")

@@ -1,0 +1,76 @@
+"""The rule that picks a path: pure, monotone, only paths that exist, and the path is the one that runs."""
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run
+
+from interlace.kernels.comm import SymmHeap, ag_gemm, gemm_ar, gemm_rs
+from interlace.kernels.comm.agree import choose_path, paths_taken
+from interlace.kernels.comm.choose import PATHS, Machine, choose
+
+OPS = ("gemm_ar", "gemm_rs", "ag_gemm", "rs_residual_norm")
+SIZES = (0, 1, 7, 64, 1000, 2048, 100_000)
+SLOT = 2 << 20
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_only_paths_that_exist(op):
+    for rows, cols, world, device, slot in itertools.product(SIZES, SIZES, (1, 2, 3, 8), ("cpu", "cuda"), (0, 4096, SLOT)):
+        args = (op, rows, cols, 1024, 4, world, device, slot)
+        path = choose(*args)
+        assert path == choose(*args), "not pure"
+        if world == 1:
+            assert path.name == "one rank"
+            continue
+        assert path.name in PATHS[device] and path.seconds == min(t for _, t in path.others) >= 0
+        assert (device == "cpu" and slot) or path.name == "torch.distributed"
+        if path.name == "heap, staged":
+            assert cols * 4 <= slot and (op == "gemm_ar" or rows * cols * 4 <= slot)
+        if path.name == "heap, walked":
+            assert slot // 2 // max(1, cols * 4) >= 64 and op != "rs_residual_norm"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("slot", [0, SLOT])
+def test_more_costs_more(op, slot):
+    """The predicted time grows with rows, columns and the inner dimension, and falls with the machine's speed."""
+    for cols, inner, world in itertools.product((64, 1024, 8192), (64, 4096), (2, 4)):
+        times = [choose(op, rows, cols, inner, 4, world, "cpu", slot).seconds for rows in (16, 64, 256, 1024, 4096, 16384)]
+        assert times == sorted(times)
+        fast = choose(op, 1024, cols, inner, 4, world, "cpu", slot, machine=Machine(flops=1e12)).seconds
+        assert fast < choose(op, 1024, cols, inner, 4, world, "cpu", slot).seconds < choose(op, 1024, cols, 2 * inner, 4, world, "cpu", slot).seconds
+
+
+def test_known_cases():
+    assert choose("gemm_ar", 2048, 1024, 1024, 4, 2, "cpu", SLOT).name == "heap, walked"
+    assert choose("gemm_rs", 2048, 1024, 1024, 4, 2, "cpu", SLOT).name == "heap, walked"
+    assert choose("ag_gemm", 1024, 1024, 1024, 4, 2, "cpu", SLOT).name == "heap, walked"
+    assert choose("ag_gemm", 1024, 1024, 1024, 4, 2, "cpu", SLOT, whole=True).name == "heap, copied"
+    assert choose("gemm_ar", 64, 1024, 1024, 4, 2, "cpu", SLOT).name == "heap, staged"
+    text = str(choose("gemm_ar", 64, 1024, 1024, 4, 2, "cpu", 0))
+    assert text == "torch.distributed: these ranks share no memory"
+    assert "predicted: heap, staged" in str(choose("gemm_ar", 64, 1024, 1024, 4, 2, "cpu", SLOT))
+
+
+def _runs(rank):
+    """What choose says is what runs: seen by the epochs a call takes, which differ from path to path."""
+    import ctypes
+
+    from interlace.kernels.comm.heap import LIB
+    heap = SymmHeap(dist.group.WORLD, SLOT)
+    epoch = ctypes.c_uint32.from_address(LIB.interlace_heap_data(heap.handle) - 4096 + 128 * rank)
+    x, w = torch.randn(2048, 1024), torch.randn(1024, 1024)
+    for fn, x, name, ticks in ((gemm_ar, x, "heap, walked", 9), (gemm_rs, x, "heap, walked", 9), (ag_gemm, x[:1024], "heap, walked", 5),
+                               (gemm_ar, x[:64], "heap, staged", 2), (gemm_rs, x[:64], "heap, staged", 1)):
+        op = fn.__name__
+        assert choose_path(op, x.shape[0], 1024, 1024, x, heap)[0].name == name
+        before = epoch.value
+        fn(x, w, heap)
+        assert epoch.value - before == ticks, (op, name, epoch.value - before)
+        assert any(line.startswith(f"{op} [{x.shape[0]} x 1024, K 1024, float32, 2 ranks] {name}: ") for line in paths_taken())
+
+
+def test_the_path_named_is_the_path_run():
+    run(2, _runs)

@@ -1,0 +1,122 @@
+"""The communication ops as torch sees them: opcheck, torch.compile over real ranks, order kept, groups by name."""
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run
+from torch.library import opcheck
+
+from interlace.kernels.comm import (SymmHeap, ag_gemm, all_gather, all_reduce, all_to_all, copy_gemm, gemm_ar, gemm_rs, reduce_scatter,
+                                    rs_residual_norm)
+from interlace.kernels.comm.registry import group_name, group_of, group_size
+
+OPS = torch.ops.interlace
+
+
+def _opcheck(rank, world):
+    name = dist.group.WORLD.group_name
+    r = lambda *shape: torch.randn(*shape, requires_grad=True)  # noqa: E731
+    for op, args in ((OPS.all_reduce, (r(5), "sum")), (OPS.all_gather, (r(5, 2),)), (OPS.reduce_scatter, (r(2 * world, 3),)),
+                     (OPS.all_to_all, (r(2 * world, 3),)), (OPS.gemm_ar, (r(4, 2, 8), r(6, 8))), (OPS.copy_gemm, (r(4, 2, 8), r(6, 8))),
+                     (OPS.gemm_rs, (r(2 * world, 2, 8), r(6, 8))), (OPS.ag_gemm, (r(2, 2, 8), r(6, 8), True)),
+                     (OPS.ag_gemm, (r(2, 2, 8), r(6, 8), False)),
+                     (OPS.rs_residual_norm, (r(2 * world, 3, 8), r(2, 3, 8), r(8), None, 1e-5)),
+                     (OPS.rs_residual_norm, (r(2 * world, 3, 8), r(2, 3, 8), r(8), r(8), 1e-5))):
+        opcheck(op.default, (*args, name))
+
+
+def test_opcheck():
+    run(2, _opcheck, 2)
+
+
+def _mlp(x, w1, w2, norm, group, sequence):
+    """Column then row, with sequence parallelism and without; then the collectives one by one."""
+    if sequence:
+        a = torch.nn.functional.gelu(ag_gemm(x, w1, group, regather=False))
+        h, y = rs_residual_norm(copy_gemm(a, w2, None), x, norm, 1e-5, group)
+        y = ag_gemm(y, w1, group)
+        return gemm_rs(y, w1.t().contiguous(), group) + h
+    y = gemm_ar(torch.nn.functional.gelu(copy_gemm(x, w1, group)), w2, group)
+    return y + all_to_all(reduce_scatter(all_gather(all_reduce(y, group), group), group), group)
+
+
+def _compiled(rank, world, backend, by_hand):
+    g = torch.Generator().manual_seed(rank)
+    group = SymmHeap(dist.group.WORLD) if by_hand else dist.group.WORLD
+    for sequence in (False, True):
+        results = []
+        for fn in (_mlp, torch.compile(_mlp, fullgraph=True, backend=backend)):
+            g.manual_seed(rank)
+            x, w1, w2 = (torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in ((4 * world, 2, 16), (24, 16), (16, 24)))
+            norm = torch.ones(16, dtype=torch.float64, requires_grad=True)
+            y = fn(x, w1, w2, norm, group, sequence)
+            y.square().mean().backward()
+            results.append([y.detach(), *(t.grad for t in (x, w1, w2, norm) if t.grad is not None)])
+        for e, c in zip(*results, strict=True):
+            torch.testing.assert_close(c, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["group", "heap"])
+def test_compiled_as_eager(by_hand):
+    run(2, _compiled, 2, "aot_eager", by_hand)
+
+
+@pytest.mark.slow
+def test_inductor_as_eager():
+    run(2, _compiled, 2, "inductor", False, timeout=400)
+
+
+def _order(rank, world):
+    """No pass may reorder two collectives or drop one whose result is not used: each takes the token of the one before."""
+    from torch._dynamo.backends.common import aot_autograd
+    from functorch.compile import make_boxed_func
+    graphs = []
+
+    def keep(gm, inputs):
+        graphs.append([str(n.args[1]) for n in gm.graph.nodes if "with_effects" in str(n.target)])
+        return make_boxed_func(gm.forward)
+
+    def two(x, group):
+        gone = all_reduce(x, group)                                   # noqa: F841
+        return all_gather(x * 2, group).sum() + all_reduce(x, group, op="max").detach().sum()
+    x = torch.randn(4, requires_grad=True)
+    torch.compile(two, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(x, dist.group.WORLD).backward()
+    named = [[n.split(".")[1] for n in g] for g in graphs]
+    assert named == [["all_reduce", "all_gather", "all_reduce"], ["reduce_scatter"]], graphs
+
+
+def test_order_is_kept():
+    run(2, _order, 2)
+
+
+def _gradients(rank, world):
+    """Of the plain collectives, against one process: the sum over ranks of every rank's loss."""
+    g = torch.Generator().manual_seed(0)
+    xs, cs = torch.randn(world, 2 * world, 3, generator=g).double(), torch.randn(world, 2 * world * world, 3, generator=g).double()
+    for fn, whole in ((all_reduce, lambda xs: [sum(xs)] * world), (all_gather, lambda xs: [torch.cat(xs)] * world),
+                      (reduce_scatter, lambda xs: list(sum(xs).chunk(world))),
+                      (all_to_all, lambda xs: [torch.cat([x.chunk(world)[r] for x in xs]) for r in range(world)])):
+        every = [x.clone().requires_grad_() for x in xs]
+        sum((y * c[:len(y)]).sum() for y, c in zip(whole(every), cs)).backward()
+        x = xs[rank].clone().requires_grad_()
+        y = fn(x, dist.group.WORLD)
+        (y * cs[rank][:len(y)]).sum().backward()
+        torch.testing.assert_close(x.grad, every[rank].grad)
+    with pytest.raises(NotImplementedError, match="only op='sum' has a gradient"):
+        all_reduce(x, dist.group.WORLD, op="max").sum().backward()
+
+
+def test_gradients_of_the_collectives():
+    run(3, _gradients, 3)
+
+
+def _names(rank):
+    heap = SymmHeap(dist.group.WORLD)
+    for group in (None, heap, dist.group.WORLD):
+        assert group_of(group_name(group)) is group
+        assert group_size(group_name(group)) == (1 if group is None else 2)
+    other = SymmHeap(dist.group.WORLD)
+    assert other.group_name != heap.group_name
+
+
+def test_groups_by_name():
+    run(2, _names)
