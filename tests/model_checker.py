@@ -116,7 +116,8 @@ class Model:
 
     def _move(self, step, rank, epoch, barriers):
         """One step, by itself."""
-        do, value, fields = step.do, (epoch - getattr(step, "late", 0)) * TAGS, {"ordered": step.ordered and step.do not in self.relaxed, "barriers": barriers}
+        do, value = step.do, (epoch - getattr(step, "late", 0)) * TAGS
+        fields = {"ordered": step.ordered and do not in self.relaxed, "barriers": barriers}
         text = f"{do} flag {step.slot} of rank {step.at}"
         if do in ("write", "read", "poll", "clear"):
             cells = [self._cell(("data", step.at, step.area, step.buffer, step.slot))]
