@@ -191,6 +191,18 @@ def _race(rank, world, buffers, caught):
     heap.close()
 
 
+def _out_in_heap(rank, world):
+    """What is staged is read by the others until they come to the next call: no result may be written there."""
+    heap = SymmHeap(dist.group.WORLD, 65536)
+    LIB.interlace_heap_test(heap.handle, 0, 3000 if rank == 0 else 0)
+    for i in range(5):
+        x = heap.stage((1000,), torch.float32).fill_(i + rank)
+        with pytest.raises(RuntimeError, match="all_reduce: out lies in the heap, where others read; give it memory of its own"):
+            assert all_reduce(x, heap, out=x).eq(sum(i + r for r in range(world))).all(), "a result over the data of a slower rank"
+        assert all_reduce(x, heap).eq(sum(i + r for r in range(world))).all()
+    heap.close()
+
+
 def _threads(rank, world):
     """A second thread is refused while the first waits; a signal ends a wait."""
     import threading
@@ -225,7 +237,7 @@ def _threads(rank, world):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("check", [_lifetime, _named_fallback, _mismatch, _timeout, _wrong_sizes, _other_host, _wrap],
+@pytest.mark.parametrize("check", [_lifetime, _named_fallback, _mismatch, _timeout, _wrong_sizes, _other_host, _out_in_heap, _wrap],
                          ids=lambda f: f.__name__)
 def test_heap(check, world):
     run(world, check, world)

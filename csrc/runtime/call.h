@@ -17,7 +17,7 @@ struct Call {
   int rc = OK;
   bool staged = false;  // src is my buffer of the coming tick
   uint32_t op;
-  Call(Heap* heap, uint32_t plain, const void* src, int64_t bytes)
+  Call(Heap* heap, uint32_t plain, const void* src, const void* dst, int64_t bytes)
       : span(*heap, heap->as ? heap->as : plain, -1, bytes), h(*heap), op(h.as ? h.as : plain) {
     if (h.busy.test_and_set(std::memory_order_acquire)) {
       rc = BUSY;
@@ -29,6 +29,8 @@ struct Call {
                   h.broken);
     else if (!staged && h.owns(src))
       rc = h.fail(UNUSABLE, "%s: x lies in the heap but is not all of what stage() last returned; stage it again", op_name(op));
+    else if (h.owns(dst))  // written after my signal, while others read it
+      rc = h.fail(UNUSABLE, "%s: out lies in the heap, where others read; give it memory of its own", op_name(op));
   }
   Desc desc(int dtype, int red, int64_t n) {
     Desc d{op, uint32_t(dtype), uint32_t(red), staged, n};

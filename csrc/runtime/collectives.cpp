@@ -74,7 +74,7 @@ using namespace interlace;
 
 // dst[i] = sum (or max) over ranks of src[i]. dst may be src. src may be the buffer of interlace_heap_next: no copy in.
 INTERLACE_API int interlace_all_reduce(Heap* heap, const void* src, void* dst, int64_t n, int dtype, int red) {
-  Call call(heap, ALL_REDUCE, src, n * SIZES[dtype]);
+  Call call(heap, ALL_REDUCE, src, dst, n * SIZES[dtype]);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const int64_t size = SIZES[dtype];
@@ -87,7 +87,7 @@ INTERLACE_API int interlace_all_reduce(Heap* heap, const void* src, void* dst, i
 
 // dst[r * n + i] = rank r's src[i]. dtype: a code of the sums, or 6 + bytes of an element.
 INTERLACE_API int interlace_all_gather(Heap* heap, const void* src, void* dst, int64_t n, int64_t size, int dtype) {
-  Call call(heap, ALL_GATHER, src, n * size);
+  Call call(heap, ALL_GATHER, src, dst, n * size);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const Desc d = call.desc(dtype, 0, n);
@@ -133,7 +133,7 @@ template <class Take> int scatter(Heap& h, const char* src, int64_t n, int64_t s
 
 // dst[i] = sum over ranks of src[rank * n + i]; n elements per rank.
 INTERLACE_API int interlace_reduce_scatter(Heap* heap, const void* src, void* dst, int64_t n, int dtype) {
-  Call call(heap, REDUCE_SCATTER, src, n * SIZES[dtype] * heap->world);
+  Call call(heap, REDUCE_SCATTER, src, dst, n * SIZES[dtype] * heap->world);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const int64_t size = SIZES[dtype];
@@ -146,7 +146,7 @@ INTERLACE_API int interlace_reduce_scatter(Heap* heap, const void* src, void* ds
 
 // dst[q * n + i] = rank q's src[rank * n + i]; n elements per pair of ranks.
 INTERLACE_API int interlace_all_to_all(Heap* heap, const void* src, void* dst, int64_t n, int64_t size, int dtype) {
-  Call call(heap, ALL_TO_ALL, src, n * size * heap->world);
+  Call call(heap, ALL_TO_ALL, src, dst, n * size * heap->world);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const bool staged = call.staged;
@@ -159,7 +159,7 @@ INTERLACE_API int interlace_all_to_all(Heap* heap, const void* src, void* dst, i
 }
 
 INTERLACE_API int interlace_barrier(Heap* heap) {
-  Call call(heap, BARRIER, nullptr, 0);
+  Call call(heap, BARRIER, nullptr, nullptr, 0);
   if (call.rc) return call.rc;
   return first_tick(*heap, heap->epoch() + 1, Desc{BARRIER, 1, 0, 0, 0});
 }
@@ -173,7 +173,7 @@ INTERLACE_API void interlace_heap_as(Heap* h, int op, int64_t rows, int64_t cols
 
 // The opening tick: all ranks are about to walk the same matrix, or all are told who is not. The heap is taken until walk_end.
 INTERLACE_API int interlace_walk_begin(Heap* heap, int op, int64_t rows, int64_t cols, int64_t inner, int dtype) {
-  Call call(heap, uint32_t(op), nullptr, 0);
+  Call call(heap, uint32_t(op), nullptr, nullptr, 0);
   if (call.rc) return call.rc;
   const Desc d{uint32_t(op), uint32_t(dtype), 0, 0, rows * cols, rows, cols, inner};
   if (const int rc = first_tick(*heap, heap->epoch() + 1, d)) return rc;

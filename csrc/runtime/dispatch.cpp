@@ -53,7 +53,7 @@ using namespace interlace;
 // y[row] = the token's x, of all ranks; rows without a slot are zeros. x [tokens, H], y [R, H] of `size` bytes an element.
 INTERLACE_API int interlace_dispatch(Heap* heap, const char* x, char* y, const int32_t* ids, const int32_t* row, const int32_t* slot,
                                      int64_t tokens, int64_t most, int64_t K, int64_t per, int64_t R, int64_t H, int64_t size, int dtype) {
-  Call call(heap, DISPATCH, x, tokens * H * size);
+  Call call(heap, DISPATCH, x, y, tokens * H * size);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const Plan plan{ids, row, tokens, most, K, per};
@@ -90,7 +90,7 @@ INTERLACE_API int interlace_dispatch(Heap* heap, const char* x, char* y, const i
 // o[t] = the sum over ranks of (the sum over its rows there of y) + residual[t], which may be null. y [.., H], o [tokens, H].
 INTERLACE_API int interlace_combine(Heap* heap, const char* y, char* o, const char* residual, const int32_t* ids, const int32_t* row,
                                     int64_t tokens, int64_t most, int64_t K, int64_t per, int64_t H, int dtype) {
-  Call call(heap, COMBINE, y, 0);
+  Call call(heap, COMBINE, y, o, 0);
   if (call.rc) return call.rc;
   Heap& h = *heap;
   const int64_t size = SIZES[dtype], wide = std::max<int64_t>(size, 4);

@@ -128,7 +128,18 @@ std::string describe(const Desc& d) {
   return s + (d.staged ? ", staged)" : ")");
 }
 
+// A step that lets others go on is noted before it is done, one that waits for others after it: in the order of time a row then never
+// precedes what allowed it.
+void Heap::note(Step step, uint32_t t, int r) const {
+  if (!trace || trace[0] == room) return;
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  const int64_t row[] = {now.tv_sec * 1000000000 + now.tv_nsec, step, t, r, t & uint32_t((step == DESCRIBE || step == COMPARE ? 2 : buffers) - 1)};
+  memcpy(trace + 1 + 5 * trace[0]++, row, sizeof row);
+}
+
 char* begin(Heap& h, uint32_t t, int64_t span) {
+  h.note(WRITE, t, h.rank);
   if (h.poison)  // NaN in every float type: an early or a late reader sees it
     memset(h.data + (h.rank * 2 + (t & uint32_t(h.buffers - 1))) * h.slot, 0xff, size_t(h.slot));
   return h.place(h.rank, t, span);
@@ -136,6 +147,7 @@ char* begin(Heap& h, uint32_t t, int64_t span) {
 
 void signal(Heap& h, uint32_t t) {
   Line& mine = h.line[h.rank];
+  h.note(SIGNAL, t, h.rank);
   mine.epoch.store(t);  // sequentially consistent: ordered before the look at sleepers, and a release of the data
   if (mine.sleepers.load()) syscall(SYS_futex, &mine.epoch, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
@@ -144,19 +156,22 @@ int wait_all(Heap& h, uint32_t t, uint32_t op) {
   for (int i = 1; i < h.world; i++) {
     const int q = (h.rank + i) % h.world;
     const std::atomic<uint32_t>& epoch = h.line[q].epoch;
-    if (reached(epoch.load(std::memory_order_acquire), t)) continue;
-    const Recorded wait(h, op, h.peers[q].global_rank, 0);
-    for (int tries = 0; !reached(epoch.load(std::memory_order_acquire), t); tries++) {
-      if (tries < h.spin) pause();
-      else if (tries < h.spin + h.yields) sched_yield();
-      else if (const int rc = wait_long(h, q, t, op)) return rc;
+    if (!reached(epoch.load(std::memory_order_acquire), t)) {
+      const Recorded wait(h, op, h.peers[q].global_rank, 0);
+      for (int tries = 0; !reached(epoch.load(std::memory_order_acquire), t); tries++) {
+        if (tries < h.spin) pause();
+        else if (tries < h.spin + h.yields) sched_yield();
+        else if (const int rc = wait_long(h, q, t, op)) return rc;
+      }
     }
+    h.note(WAIT, t, q);
   }
   if (h.delay_us) usleep(useconds_t(h.delay_us));
   return OK;
 }
 
 void first_signal(Heap& h, uint32_t t, const Desc& mine) {
+  h.note(DESCRIBE, t, h.rank);
   h.line[h.rank].desc[t & 1] = mine;
   signal(h, t);
 }
@@ -164,6 +179,7 @@ void first_signal(Heap& h, uint32_t t, const Desc& mine) {
 int first_wait(Heap& h, uint32_t t, const Desc& mine) {
   if (const int rc = wait_all(h, t, mine.op)) return rc;
   for (int q = 0; q < h.world; q++) {
+    if (q != h.rank) h.note(COMPARE, t, q);
     const Desc& other = h.line[q].desc[t & 1];
     if (other == mine) continue;
     return h.fail(MISMATCH, "%s: rank %d of group '%s' called %s, but %s called %s; every rank must make the same call",
@@ -267,6 +283,7 @@ INTERLACE_API void* interlace_heap_data(Heap* h) { return h->data; }
 INTERLACE_API void* interlace_heap_next(Heap* h, int64_t bytes) { return begin(*h, h->epoch() + 1, bytes); }
 INTERLACE_API void interlace_heap_on_wait(Heap* h, int (*poll)()) { h->poll = poll; }
 INTERLACE_API void interlace_heap_test(Heap* h, int poison, int delay_us) { h->poison = poison, h->delay_us = delay_us; }
+INTERLACE_API void interlace_heap_trace(Heap* h, int64_t* rows, int64_t room) { h->room = room, h->trace = rows; }
 INTERLACE_API void interlace_heap_tune(Heap* h, int spin, int yields, int64_t chunk, int64_t two_shot) {
   if (spin >= 0) h->spin = spin;
   if (yields >= 0) h->yields = yields;

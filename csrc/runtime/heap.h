@@ -57,6 +57,7 @@ static_assert(sizeof(Line) == 128 && std::atomic<uint32_t>::is_always_lock_free)
 
 enum State : uint32_t { OPEN = 0, CLOSED = 1, BROKEN = 2 };
 enum Op : uint32_t { BARRIER, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, DISPATCH, COMBINE, GEMM_AR, GEMM_RS, AG_GEMM };
+enum Step : int64_t { WRITE, DESCRIBE, SIGNAL, WAIT, COMPARE, READ };  // the table of them: kernels/comm/protocol.py
 enum Code { OK = 0, MISMATCH = 1, TIMEOUT = 2, DIED = 3, INTERRUPTED = 4, UNUSABLE = 5, SYSTEM = 6, NO_SPACE = 7, BUSY = 8 };
 
 struct Peer {
@@ -81,16 +82,19 @@ struct Heap {
   std::vector<Peer> peers;
   int (*poll)() = nullptr;      // asked between slices of a long wait: nonzero to give up (a signal arrived)
   int poison = 0, delay_us = 0; // tests: fill a buffer with NaN before it is written, dawdle before it is read
+  int64_t *trace = nullptr, room = 0;  // tests: the number of rows, then rows of (nanoseconds, step, tick, rank, buffer)
   std::atomic_flag busy = ATOMIC_FLAG_INIT;
   uint32_t as = 0;              // the fused op that the next collective works for, and its sizes: in the descriptor
   int64_t rows = 0, cols = 0, inner = 0;
   const char* broken = nullptr;
   char err[1024] = "";
 
+  void note(Step step, uint32_t t, int r) const;
   uint32_t epoch() const { return line[rank].epoch.load(std::memory_order_relaxed); }
   // Where rank r keeps the `span` bytes of tick t: in its buffer t & 1, each time in another place. A line that a peer read a
   // moment ago is slow to write again (its L2 must give it up): in one place 64 KB took 9.6 us a call, all around an L2 3.9 us.
   char* place(int r, uint32_t t, int64_t span) const {
+    if (trace && r != rank) note(READ, t, r);
     const int64_t step = span > 64 ? (span + 63) / 64 * 64 : 64;
     return data + (int64_t(r) * 2 + (t & uint32_t(buffers - 1))) * slot + (spread > step ? int64_t(t >> 1) % (spread / step) * step : 0);
   }

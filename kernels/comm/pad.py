@@ -1,0 +1,187 @@
+"""Pads: the memory of one overlapped op on one group, the same at every rank, mapped into all of them.
+
+    pad = Pad(group, "gemm_ar", nbytes, flags, device)        collective: every rank of the group makes it at the same time
+    pads = Pad.virtual(world, "gemm_ar", nbytes, flags, device)   ranks that are only streams: all pads in this process
+    pad.agree(key)                                            collective, once per key: all ranks were called alike
+    pad.check()                                               raises what a wait that ran out has written
+
+Memory    one allocation a rank: [flag words: 2 stages x world x flags, int32 | buffer 0 | buffer 1], nbytes a buffer.
+          Beside it, of this rank alone: `peers` int64 [world], the address of every rank's allocation; `local` int32: epoch, programs
+          done, error lock, counters; `error` int32 [6]: set, op, epoch, source, word, got. On CUDA `error` is pinned host memory, so
+          looking at it costs no synchronisation.
+Backends  CPU: the memory of a SymmHeap (POSIX shared memory without a name).  CUDA: torch symmetric memory, several processes on
+          one GPU too (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1; without multicast then).  Virtual: plain tensors.
+Graphs    nothing here runs per call but check(): addresses and the epoch are in device memory. Make pads, and call an op once,
+          before capture.
+"""
+from __future__ import annotations
+
+import hashlib
+import weakref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .heap import CollectiveMismatch, SymmHeap, _exchange
+
+__all__ = ["OPS", "Pad", "pad_of"]
+
+OPS = ("all_reduce", "gemm_ar", "all_gather", "ag_gemm", "reduce_scatter", "gemm_rs", "rs_residual_norm")
+COUNTERS = 1 << 16
+_POLLS = {"cuda": 1 << 28, "cpu": 1 << 19}                            # at 0.5 to 1 us and at 30 to 100 us a poll: minutes, both
+
+
+class Pad:
+    """The pad of one (group, op, slot). Two calls that may run at the same time need two slots: two pads.
+
+    Args: group  a process group over which set-up messages go; op  one of OPS; nbytes  of one of the two buffers;
+          flags  words per source and stage; device; polls  of a wait before it gives up.
+    Raises: HeapUnavailable, OSError as SymmHeap; RuntimeError where ranks disagree on nbytes or flags."""
+
+    world: int
+    rank: int
+    share = 1                                                         # ranks on this rank's GPU
+    multicast = 0                                                     # the multicast address of the allocation, 0 without one
+
+    def __init__(self, group: dist.ProcessGroup | None, op: str, nbytes: int, flags: int, device: torch.device | str = "cpu", *,
+                 polls: int | None = None, start: int = 0):
+        self.op, self.group, self.device, self.flags = op, group, torch.device(device), flags
+        self.nbytes = -(-max(nbytes, 1) // 256) * 256
+        self.polls = polls or _POLLS.get(self.device.type, 1)
+        self._agreed: set[str] = set()
+        self.name = "?"
+        if group is None:
+            return
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.name = next((n for n in (group.group_desc, group.group_name) if n and n != "undefined"), "?")
+        self._agree((op, self.nbytes, flags, self.device.type, start), "made the pad of")
+        if self.device.type == "cpu":
+            addresses = self._map()
+        else:
+            addresses = self._rendezvous()
+        self._ready(addresses, start)
+        _exchange(None, group)                                        # nobody signals before all have cleared their words
+
+    @classmethod
+    def virtual(cls, world: int, op: str, nbytes: int, flags: int, device: torch.device | str, *, polls: int | None = None,
+                start: int = 0) -> list[Pad]:
+        """The pads of `world` ranks in this process, for one stream each: device-resident kernels of all of them run at once."""
+        pads = [cls(None, op, nbytes, flags, device, polls=polls, start=start) for _ in range(world)]
+        for r, pad in enumerate(pads):
+            pad.rank, pad.world, pad.name, pad.share = r, world, "virtual", world
+            pad.memory = torch.empty(pad.total, dtype=torch.uint8, device=device)
+        addresses = [p.memory.data_ptr() if p.device.type != "meta" else 0 for p in pads]
+        for pad in pads:
+            pad._ready(addresses, start)
+            pad._keep = pads                                          # an address is no reference
+        return pads
+
+    @property
+    def data(self) -> int:
+        """Byte offset of buffer 0."""
+        return -(-2 * self.world * self.flags * 4 // 256) * 256
+
+    @property
+    def total(self) -> int:
+        return self.data + 2 * self.nbytes
+
+    def _map(self) -> list[int]:
+        self._heap = SymmHeap(self.group, -(-self.total // 2), name=f"{self.name} {self.op}")
+        each = 2 * self._heap.nbytes
+        views = [self._heap._segment.view(r * each, self.total) for r in range(self.world)]  # type: ignore[union-attr]
+        self.memory, self._keep = views[self.rank], views
+        return [v.data_ptr() for v in views]
+
+    def _rendezvous(self) -> list[int]:
+        import torch.distributed._symmetric_memory as symm_mem
+        with torch.cuda.device(self.device):
+            self.memory = symm_mem.empty(self.total, dtype=torch.uint8, device=self.device)
+            self._handle = symm_mem.rendezvous(self.memory, self.group)  # type: ignore[arg-type]
+        if self._handle.has_multicast_support(torch._C._autograd.DeviceType.CUDA, self.device.index or 0):
+            self.multicast = self._handle.multicast_ptr
+        return list(self._handle.buffer_ptrs)
+
+    def _ready(self, addresses: list[int], start: int) -> None:
+        self.peers = torch.tensor(addresses, dtype=torch.int64, device=self.device)
+        self.local = torch.zeros(3 + COUNTERS, dtype=torch.int32, device=self.device)
+        self.error = torch.zeros(6, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        if self.device.type == "meta":
+            self.error = self.error.to("meta")
+        self._clear(start)
+
+    def _clear(self, start: int) -> None:
+        self.memory[:self.data].view(torch.int32).fill_(start)
+        self.local.zero_()
+        self.local[:1].fill_(start)
+        self.error.zero_()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def buffer(self, parity: int) -> Tensor:
+        """This rank's buffer, as bytes: tests poison it."""
+        return self.memory[self.data + parity * self.nbytes:][:self.nbytes]
+
+    def agree(self, key: str) -> None:
+        """Every rank calls its op in the same way: `key` names shapes, dtype, tiles and grid. Exchanged at the first call with it.
+
+        Raises: CollectiveMismatch on every rank, naming both. The pad stays usable."""
+        if key not in self._agreed:
+            if self.group is not None:
+                self._agree((self.op, key), "called")
+            self._agreed.add(key)
+
+    def _agree(self, mine: tuple, what: str) -> None:
+        digest = hashlib.sha256(repr(mine).encode()).hexdigest()
+        every = _exchange((digest, str(mine)), self.group)  # type: ignore[arg-type]
+        for r, (other, text) in enumerate(every):
+            if other != every[0][0]:
+                raise CollectiveMismatch(f"{self.op}: rank 0 of group '{self.name}' {what} {every[0][1]}, but rank {r} {what} {text}; "
+                                         f"every rank must make the same call (this is rank {self.rank})")
+
+    def check(self) -> None:
+        """Raises: TimeoutError where a wait of an earlier call ran out. No device synchronisation where none has."""
+        if self.device.type == "meta" or not self.error[0]:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)                       # the other five words
+        _, op, epoch, source, word, got = self.error.tolist()
+        raise TimeoutError(f"{OPS[op]}: no signal from rank {source} of group '{self.name}' to rank {self.rank} after {self.polls} polls; "
+                           f"waited for epoch {epoch} in flag {word % self.flags}, it had signalled {got}. Its result holds NaN. Do all "
+                           "ranks make the same calls in the same order? After mending that, reset() the pad on all ranks")
+
+    def reset(self, start: int = 0) -> None:
+        """Make the pad new after a TimeoutError. Collective: no rank may still run a kernel over it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        for _ in range(2):
+            if self.group is not None:
+                _exchange(None, self.group)                           # all have ended their kernels; all have cleared their words
+            if _ == 0:
+                self._clear(start)
+
+    def fits(self, nbytes: int, flags: int) -> bool:
+        return nbytes <= self.nbytes and flags <= self.flags
+
+
+_pads: dict[tuple[int, str, int], Pad] = {}
+
+
+def pad_of(group: dist.ProcessGroup, op: str, nbytes: int, flags: int, device: torch.device, slot: int = 0) -> Pad:
+    """The pad of (group, op, slot), made or made larger, which is collective, where it does not fit.
+
+    nbytes and flags are functions of shapes that are equal on all ranks, so all of them grow it in the same call.
+    Raises: RuntimeError while a CUDA graph is captured: run the op once before."""
+    key = (id(group), op, slot)
+    pad = _pads.get(key)
+    if pad is None or not pad.fits(nbytes, flags):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{op}: its pad must be made before a CUDA graph is captured, got a capture that needs {nbytes} bytes; "
+                               "call the op once with the largest shape before")
+        if pad is None:
+            weakref.finalize(group, _pads.pop, key, None)
+        else:
+            pad.check()
+            nbytes, flags = max(nbytes, pad.nbytes), max(flags, pad.flags)
+        pad = _pads[key] = Pad(group, op, nbytes, flags, device)
+    return pad
