@@ -44,11 +44,11 @@ def signal(peers_ptr, to, word, epoch, BARRIER: tl.constexpr, RELEASE: tl.conste
 
 
 @triton.jit
-def signal_all(peers_ptr, rank, word, epoch, WORLD: tl.constexpr, BARRIER: tl.constexpr, RELEASE: tl.constexpr):
+def signal_all(peers_ptr, rank, word, epoch, world, BARRIER: tl.constexpr, RELEASE: tl.constexpr):
     if BARRIER:
         tl.debug_barrier()
-    for i in range(WORLD):
-        signal(peers_ptr, peer_of(rank, i, WORLD), word, epoch, False, RELEASE)
+    for i in range(world):
+        signal(peers_ptr, peer_of(rank, i, world), word, epoch, False, RELEASE)
 
 
 @triton.jit

@@ -24,42 +24,42 @@ __all__ = ["launch", "needs"]
 
 
 @triton.jit
-def _push(x_ptr, peers_ptr, rank, pid, pushers, epoch, buffer, flags, M, K, blocks, DTYPE: tl.constexpr, WORLD: tl.constexpr,
+def _push(x_ptr, peers_ptr, rank, pid, pushers, epoch, buffer, flags, M, K, blocks, DTYPE: tl.constexpr, world,
           BM: tl.constexpr, COPY: tl.constexpr, BARRIER: tl.constexpr, RELEASE: tl.constexpr):
-    rows = first_row(rank + 1, M, WORLD) - first_row(rank, M, WORLD)
-    for at in range(pid, (WORLD - 1) * blocks, pushers):
-        to, block = peer_of(rank, 1 + at // blocks, WORLD), at % blocks
+    rows = first_row(rank + 1, M, world) - first_row(rank, M, world)
+    for at in range(pid, (world - 1) * blocks, pushers):
+        to, block = peer_of(rank, 1 + at // blocks, world), at % blocks
         left = tl.maximum(tl.minimum(rows - block * BM, BM), 0).to(tl.int64) * K
         source = x_ptr + block.to(tl.int64) * BM * K
         target = cells(peers_ptr, to, buffer, DTYPE) + part_slot(rank, block, blocks).to(tl.int64) * BM * K
         for first in range(0, left, COPY):
             offs = first + tl.arange(0, COPY)
             tl.store(target + offs, tl.load(source + offs, mask=offs < left), mask=offs < left)
-        signal(peers_ptr, to, flag_word(0, rank, block, WORLD, flags), epoch, BARRIER, RELEASE)
+        signal(peers_ptr, to, flag_word(0, rank, block, world, flags), epoch, BARRIER, RELEASE)
 
 
 @triton.jit
 def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, data, nbytes, flags, pushers, M, N, K, swn, swk,
-            WORLD: tl.constexpr, OP: tl.constexpr, GEMM: tl.constexpr, COPY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+            world, OP: tl.constexpr, GEMM: tl.constexpr, COPY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
             BK: tl.constexpr, INTERP: tl.constexpr, BUFFERS: tl.constexpr, BARRIER: tl.constexpr, RELEASE: tl.constexpr,
             ACQUIRE: tl.constexpr):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    pid, epoch, blocks = tl.program_id(0), next_epoch(local_ptr), blocks_of(M, WORLD, BM)
+    pid, epoch, blocks = tl.program_id(0), next_epoch(local_ptr), blocks_of(M, world, BM)
     buffer = data + buffer_of(epoch, BUFFERS).to(tl.int64) * nbytes
     if pid < pushers:
-        _push(x_ptr, peers_ptr, rank, pid, pushers, epoch, buffer, flags, M, K, blocks, DTYPE, WORLD, BM, COPY, BARRIER, RELEASE)
+        _push(x_ptr, peers_ptr, rank, pid, pushers, epoch, buffer, flags, M, K, blocks, DTYPE, world, BM, COPY, BARRIER, RELEASE)
     else:
         tiles_n = tl.cdiv(N, BN)
         theirs, mine = tl.load(peers_ptr + rank) + buffer, x_ptr.to(tl.int64)
-        for at in range(pid - pushers, WORLD * blocks * tiles_n, tl.num_programs(0) - pushers):
+        for at in range(pid - pushers, world * blocks * tiles_n, tl.num_programs(0) - pushers):
             i = at // (blocks * tiles_n)
             block, n = place_of(at % (blocks * tiles_n), blocks, tiles_n, 4)
-            s = before(rank, i, WORLD)
-            start = first_row(s, M, WORLD) + block * BM
-            rows = tl.maximum(tl.minimum(first_row(s + 1, M, WORLD) - start, BM), 0)
+            s = before(rank, i, world)
+            start = first_row(s, M, world) + block * BM
+            rows = tl.maximum(tl.minimum(first_row(s + 1, M, world) - start, BM), 0)
             ok = rows >= 0
             if i > 0:
-                ok = wait(peers_ptr, local_ptr, error_ptr, rank, s, flag_word(0, s, block, WORLD, flags), epoch, limit, OP, ACQUIRE)
+                ok = wait(peers_ptr, local_ptr, error_ptr, rank, s, flag_word(0, s, block, world, flags), epoch, limit, OP, ACQUIRE)
             base = tl.multiple_of(tl.where(i == 0, mine, theirs).to(tl.pointer_type(DTYPE)), 16)
             row = tl.where(i == 0, block, part_slot(s, block, blocks)).to(tl.int64) * BM
             end = row + tl.where(ok, rows, 0)
@@ -116,7 +116,7 @@ def launch(pad: Pad, x: Tensor, rows: int, w: Tensor | None = None, *, pushed: b
     swn, swk = (0, 0) if w is None else w.stride()
     _kernel[(pushers + programs,)](
         x, x if w is None else w, y, pad.peers, pad.local, pad.error, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags, pushers,
-        rows, N, K, swn, swk, WORLD=pad.world, OP=OPS.index(pad.op), GEMM=w is not None, COPY=256 if INTERPRET else 8192,
+        rows, N, K, swn, swk, world=pad.world, OP=OPS.index(pad.op), GEMM=w is not None, COPY=256 if INTERPRET else 8192,
         INTERP=INTERPRET, launch_cooperative_grid=pad.share == 1, **t.blocks(),
         **{"BUFFERS": 2, "BARRIER": True, "RELEASE": "release", "ACQUIRE": "acquire", **control})
     if INTERPRET:
