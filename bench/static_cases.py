@@ -25,6 +25,7 @@ def _module(name: str) -> Any:                                        # by path:
 
 RMS, LN, SWIGLU, ROPE, CE, DROPOUT, PLAN, PERMUTE, UNPERMUTE = map(_module, (
     "rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout", "route_plan", "permute", "unpermute"))
+PAD, AR, AG, RS = map(_module, ("comm.pad", "comm.triton_ar", "comm.triton_ag", "comm.triton_rs"))
 Launch = Callable[[torch.dtype], object]
 Floor = Callable[[int], float]
 
@@ -131,8 +132,30 @@ def _moe(T: int, H: int, K: int, E: int) -> list[Case]:
     ]
 
 
+def _overlapped(M: int, N: int, K: int, W: int) -> list[Case]:
+    """Llama 70B's MLP over tp=8, the second rank. A pad's memory is no argument of a launch: the floors are of what is."""
+    x, w, size, m, flops = lambda dt: _new(M, K, dtype=dt), lambda dt: _new(N, K, dtype=dt), f"{M}x{N}x{K} of {W}", M // W, 2 * M * N * K
+
+    def pad(op: str) -> Any:
+        made = PAD.Pad.virtual(W, op, 256, 1, "meta")[1]
+        made.share = 1                                                # a GPU of its own
+        return made
+    return [
+        Case("comm.triton_ar", f"one_shot {size}", lambda dt: AR.launch(pad("gemm_ar"), x(dt), w(dt)),
+             {"_kernel": lambda s: (M * K + N * K + M * N) * s}, flops),
+        Case("comm.triton_ar", f"two_shot {size}", lambda dt: AR.launch(pad("gemm_ar"), x(dt), w(dt), two_shot=True),
+             {"_kernel": lambda s: (M * K + N * K + M * N) * s}, flops),
+        Case("comm.triton_ag", size, lambda dt: AG.launch(pad("ag_gemm"), _new(m, K, dtype=dt), M, w(dt)),
+             {"_kernel": lambda s: (m * K + N * K + M * N) * s}, flops),
+        Case("comm.triton_rs", size, lambda dt: RS.push(pad("gemm_rs"), x(dt), w(dt)), {"_push_kernel": lambda s: (M * K + N * K) * s}, flops),
+        Case("comm.triton_rs", f"norm {size}", lambda dt: RS.take(pad("rs_residual_norm"), M, N, dt, True, _new(m, N, dtype=dt), _new(N, dtype=dt),
+                                                                  onward=pad("ag_gemm")),
+             {"_take_kernel": lambda s: (3 * m * N + N) * s + 4 * m}, (W + 6) * m * N),
+    ]
+
+
 CASES: list[Case] = [
     *_norms(8192, 8192), *_norms(8192, 12288), *_swiglu(8192, 28672), *_rope(4096, 2, 64, 128),
     *_cross_entropy(8192, 128256 // 8), *_dropout(8192, 8192),
-    *_moe(16384, 2048, 8, 128),
+    *_moe(16384, 2048, 8, 128), *_overlapped(8192, 8192, 3584, 8),
 ]

@@ -309,5 +309,13 @@ def _registry(rank):
         triton_ag.launch(Pad.virtual(2, "ag_gemm", 1 << 12, 8, "cpu")[rank], torch.ones(3, 4), 8)
 
 
+def test_a_pad_too_small_interpret():
+    small = Pad.virtual(2, "all_reduce", 256, 1, "cpu")[0]
+    for call in (lambda: triton_ar.launch(small, torch.ones(1000)), lambda: triton_ag.launch(small, torch.ones(50, 8), 100),
+                 lambda: triton_rs.push(small, torch.ones(100, 8))):
+        with pytest.raises(ValueError, match=r"all_reduce: the pad of group 'virtual' must hold \d+ bytes and \d+ flags, got 256 and 1"):
+            call()
+
+
 def test_pads_are_kept_and_grow_interpret():
     run(2, _registry)

@@ -38,7 +38,7 @@ def _push(x_ptr, peers_ptr, rank, pid, pushers, epoch, buffer, flags, M, K, bloc
         signal(peers_ptr, to, flag_word(0, rank, block, world, flags), epoch, BARRIER, RELEASE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, data, nbytes, flags, pushers, M, N, K, swn, swk,
             world, OP: tl.constexpr, GEMM: tl.constexpr, COPY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
             BK: tl.constexpr, INTERP: tl.constexpr, BUFFERS: tl.constexpr, BARRIER: tl.constexpr, RELEASE: tl.constexpr,
@@ -81,13 +81,13 @@ def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, d
 
 def _pushers(pad: Pad, N: int, itemsize: int, gemm: bool) -> int:
     """Programs that send. 16 SMs fill a link, as published for NVLink; fewer where the product takes longer than the transfer:
-    T_gemm / T_link = 2 N B W / (P b (W - 1)) with B = 380 GB/s and P = 790 TFLOP/s (docs of the planner: modelled, not measured)."""
+    T_gemm / T_link = 2 N B W / (P b (W - 1)) with B = 380 GB/s and P = 790 TFLOP/s: a model, not a measurement."""
     if pad.world == 1:
         return 0
     if pad.device.type == "cpu":
         return 1
     slack = 2 * N * 380e9 * pad.world / (790e12 * itemsize * (pad.world - 1)) if gemm else 1.0
-    return max(2, min(16, round(16 / max(slack, 1.0)))) // min(pad.share, 2)
+    return max(1, round(16 / max(slack, 1.0)) // pad.share)
 
 
 def needs(rows: int, K: int, dtype: torch.dtype, world: int, tiles: Tiles | None = None) -> tuple[int, int]:
@@ -102,10 +102,10 @@ def launch(pad: Pad, x: Tensor, rows: int, w: Tensor | None = None, *, pushed: b
     """y = all_gather(x), or that @ w.T. x [m, K] contiguous and on a 16-byte boundary; rows: of all ranks, > 0.
 
     pushed: triton_rs has already sent x into this pad, in this epoch; nobody sends here."""
-    pad.check()
     share = -(-rows // pad.world)
     K, N = x.shape[1], x.shape[1] if w is None else w.shape[0]
     t = tiles or (copy_tiles(share, x.dtype) if w is None else tiles_of(share, x.dtype))
+    pad.demand(*needs(rows, K, x.dtype, pad.world, t))
     if x.shape[0] != start_of(pad.rank + 1, rows, pad.world) - start_of(pad.rank, rows, pad.world):
         raise ValueError(f"{pad.op}: rank {pad.rank} must have its share of {rows} rows over {pad.world} ranks, got {x.shape[0]}")
     y = x.new_empty(rows, N)

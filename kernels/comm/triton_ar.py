@@ -52,7 +52,7 @@ def _sum_parts(peers_ptr, local_ptr, error_ptr, rank, epoch, limit, flags, buffe
     return tl.where(ok, acc, float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])                               # one binary for the ranks that share a GPU
 def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, data, nbytes, flags, M, N, K, numel, swn, swk,
             world, OP: tl.constexpr, GEMM: tl.constexpr, TWO_SHOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
             BK: tl.constexpr, INTERP: tl.constexpr, BUFFERS: tl.constexpr, BARRIER: tl.constexpr, RELEASE: tl.constexpr,
@@ -131,9 +131,10 @@ def _cut(x: Tensor, w: Tensor | None) -> tuple[int, int, int, Tiles]:
     return x.shape[0], w.shape[0], x.shape[1], tiles_of(x.shape[0], x.dtype)
 
 
-def needs(x: Tensor, w: Tensor | None, world: int, two_shot: bool) -> tuple[int, int]:
+def needs(x: Tensor, w: Tensor | None, world: int, two_shot: bool, tiles: Tiles | None = None) -> tuple[int, int]:
     """(bytes of a buffer, flags a source) of a call."""
     M, N, _, t = _cut(x, w)
+    t = tiles or t
     items = triton.cdiv(M, t.BM) * triton.cdiv(N, t.BN)
     cells_ = world * -(-items // world) + items if two_shot else world * items
     return cells_ * t.BM * t.BN * x.element_size(), items
@@ -141,7 +142,7 @@ def needs(x: Tensor, w: Tensor | None, world: int, two_shot: bool) -> tuple[int,
 
 def launch(pad: Pad, x: Tensor, w: Tensor | None = None, *, two_shot: bool = False, tiles: Tiles | None = None, **control: object) -> Tensor:
     """y = all_reduce(x), or of x [M, K] @ w.T, w [N, K] of any strides. x contiguous, on the pad's device, M N > 0."""
-    pad.check()
+    pad.demand(*needs(x, w, pad.world, two_shot, tiles))
     M, N, K, cut = _cut(x, w)
     cut = tiles or cut
     y = torch.empty_like(x) if w is None else x.new_empty(M, N)

@@ -38,7 +38,7 @@ __all__ = ["needs", "push", "take"]
 # ---- kernels --------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _push_kernel(x_ptr, w_ptr, peers_ptr, local_ptr, rank, data, nbytes, flags, M, N, K, swn, swk, world, GEMM: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERP: tl.constexpr, BUFFERS: tl.constexpr,
                  BARRIER: tl.constexpr, RELEASE: tl.constexpr):
@@ -72,7 +72,7 @@ def _row_sum(parts, offs, mask, step, world, BLOCK: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _take_kernel(y_ptr, res_ptr, weight_ptr, bias_ptr, h_ptr, rstd_ptr, mean_ptr, peers_ptr, local_ptr, error_ptr, next_peers_ptr, next_local_ptr,
                  rank, limit, data, nbytes, flags, next_data, next_nbytes, next_flags, M, N, stride, eps,
                  world, OP: tl.constexpr, NORM: tl.constexpr, PUSH: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr,
@@ -146,8 +146,8 @@ def needs(rows: int, N: int, dtype: torch.dtype, world: int, gemm: bool = True) 
 
 def push(pad: Pad, x: Tensor, w: Tensor | None = None, **control: object) -> None:
     """Kernel 1: the rows of x, or of x @ w.T, to their owners. x [rows, K] contiguous, rows > 0. take() must follow."""
-    pad.check()
     rows, N = x.shape[0], x.shape[1] if w is None else w.shape[0]
+    pad.demand(*needs(rows, N, x.dtype, pad.world, w is not None))
     t = _tiles(rows, pad.world, x.dtype, w is not None)
     items = pad.world * count_blocks(rows, pad.world, t.BM) * triton.cdiv(N, t.BN)
     if pad.world * count_blocks(rows, pad.world, t.BM) > COUNTERS:
