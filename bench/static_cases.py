@@ -147,9 +147,10 @@ def _overlapped(M: int, N: int, K: int, W: int) -> list[Case]:
              {"_kernel": lambda s: (M * K + N * K + M * N) * s}, flops),
         Case("comm.triton_ag", size, lambda dt: AG.launch(pad("ag_gemm"), _new(m, K, dtype=dt), M, w(dt)),
              {"_kernel": lambda s: (m * K + N * K + M * N) * s}, flops),
-        Case("comm.triton_rs", size, lambda dt: RS.push(pad("gemm_rs"), x(dt), w(dt)), {"_push_kernel": lambda s: (M * K + N * K) * s}, flops),
-        Case("comm.triton_rs", f"norm {size}", lambda dt: RS.take(pad("rs_residual_norm"), M, N, dt, True, _new(m, N, dtype=dt), _new(N, dtype=dt),
-                                                                  onward=pad("ag_gemm")),
+        Case("comm.triton_rs", size, lambda dt: RS.push(pad("gemm_rs"), x(dt), w(dt)),
+             {"_push_kernel": lambda s: (M * K + N * K) * s}, flops),
+        Case("comm.triton_rs", f"norm {size}",
+             lambda dt: RS.take(pad("rs_residual_norm"), M, N, dt, True, _new(m, N, dtype=dt), _new(N, dtype=dt), onward=pad("ag_gemm")),
              {"_take_kernel": lambda s: (3 * m * N + N) * s + 4 * m}, (W + 6) * m * N),
     ]
 

@@ -11,6 +11,7 @@ from interlace.kernels.comm.pad import Pad
 from interlace.kernels.comm.protocol import first_row
 
 pytestmark = pytest.mark.gpu
+# ruff: noqa: B023  (what on_all() is given runs at once)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -53,7 +54,8 @@ def on_all(streams, fn):
 @pytest.mark.parametrize("two_shot", [False, True])
 def test_gemm_ar(world, dtype, two_shot):
     M, N, K, g = 300, 520, 200, torch.Generator().manual_seed(0)
-    pads, streams = virtual(world, "gemm_ar", triton_ar.needs(torch.empty(M, K, dtype=dtype), torch.empty(N, K, dtype=dtype), world, two_shot))
+    like = torch.empty(M, K, dtype=dtype), torch.empty(N, K, dtype=dtype)
+    pads, streams = virtual(world, "gemm_ar", triton_ar.needs(*like, world, two_shot))
     for _ in range(3):
         xs, ws = ([ints(g, dtype, *s) for _ in range(world)] for s in ((M, K), (N, K)))
         want = sum(product(x, w) for x, w in zip(xs, ws)).to(dtype)
@@ -111,7 +113,7 @@ def test_a_rank_that_does_not_come():
     y = triton_ar.launch(pads[0], torch.ones(1000, device="cuda"))
     torch.cuda.synchronize()
     assert y.isnan().all()
-    with pytest.raises(TimeoutError, match="all_reduce: no signal from rank 1 of group 'virtual' to rank 0 after 1000 polls; waited for epoch 1"):
+    with pytest.raises(TimeoutError, match=r"all_reduce: no signal from rank 1 of .* after 1000 polls; waited for epoch 1 "):
         triton_ar.launch(pads[0], torch.ones(1000, device="cuda"))
 
 

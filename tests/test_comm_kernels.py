@@ -260,7 +260,7 @@ def _mismatch(rank):
     with pytest.raises(CollectiveMismatch, match=r"gemm_ar: rank 0 of group .* called .*\[8, 16\].*, but rank 1 called .*\[8, 32\]"):
         triton_ar.launch(pad, torch.ones(8, 16 + 16 * rank))
     assert triton_ar.launch(pad, torch.ones(3, 5)).eq(2).all(), "the pad stays usable"
-    with pytest.raises(CollectiveMismatch, match="rank 0 of group .* made the pad of .*1024.*but rank 1 made the pad of .*2048"):
+    with pytest.raises(CollectiveMismatch, match=r"rank 0 of group .* made the pad of .*1024.*but rank 1 made the pad of .*2048"):
         Pad(dist.group.WORLD, "gemm_ar", 1024 * (rank + 1), 8)
 
 
@@ -292,7 +292,7 @@ def test_a_result_that_missed_a_part_is_nan_interpret():
     for call in (lambda: triton_ar.launch(pads[0], torch.ones(100)), lambda: triton_ar.launch(pads[0], torch.ones(100), two_shot=True)):
         made = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "empty_like", lambda x, real=torch.empty_like: made.append(real(x)) or made[-1])
+            patch.setattr(torch, "empty_like", lambda x, real=torch.empty_like, made=made: made.append(real(x)) or made[-1])
             with pytest.raises(TimeoutError, match="no signal from rank 1"):
                 call()
         assert made[0].isnan().all()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,8 @@ class Pad:
 
     world: int
     rank: int
+    memory: Tensor
+    _keep: list[Any]                                                  # what the addresses lie in
     share = 1                                                         # ranks on this rank's GPU
     multicast = 0                                                     # the multicast address of the allocation, 0 without one
 
@@ -74,7 +77,7 @@ class Pad:
         addresses = [p.memory.data_ptr() if p.device.type != "meta" else 0 for p in pads]
         for pad in pads:
             pad._ready(addresses, start)
-            pad._keep = pads                                          # an address is no reference
+            pad._keep = list(pads)                                    # an address is no reference
         return pads
 
     @property
@@ -87,10 +90,11 @@ class Pad:
         return self.data + 2 * self.nbytes
 
     def _map(self) -> list[int]:
+        assert self.group is not None
         self._heap = SymmHeap(self.group, -(-self.total // 2), name=f"{self.name} {self.op}")
         each = 2 * self._heap.nbytes
         views = [self._heap._segment.view(r * each, self.total) for r in range(self.world)]  # type: ignore[union-attr]
-        self.memory, self._keep = views[self.rank], views
+        self.memory, self._keep = views[self.rank], list(views)
         return [v.data_ptr() for v in views]
 
     def _rendezvous(self) -> list[int]:

@@ -70,7 +70,8 @@ def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, d
                     value = product(base, w_ptr, row, n.to(tl.int64) * BN, end, N, K, swn, swk, BM, BN, BK, INTERP)
                 else:
                     from_ = row + r.to(tl.int64)
-                    value = tl.load(base + from_[:, None] * K + cols[None, :], mask=inside & (from_ < end)[:, None], other=0.0).to(tl.float32)
+                    value = tl.load(base + from_[:, None] * K + cols[None, :], mask=inside & (from_ < end)[:, None], other=0.0)
+                    value = value.to(tl.float32)
                 value = tl.where(ok, value, float("nan"))
                 tl.store(y_ptr + (start + r.to(tl.int64))[:, None] * N + cols[None, :], value.to(DTYPE), mask=inside)
     finish(local_ptr, epoch)
@@ -112,7 +113,8 @@ def launch(pad: Pad, x: Tensor, rows: int, w: Tensor | None = None, *, pushed: b
     pushers = 0 if pushed else _pushers(pad, N, x.element_size(), w is not None)
     items = pad.world * count_blocks(rows, pad.world, t.BM) * triton.cdiv(N, t.BN)
     programs = programs_of(pad, items, less=pushers)
-    pad.agree(f"{rows} rows of {K} by {None if w is None else list(w.shape)} {x.dtype}, pushed {pushed}, {t}, {pushers} + {programs} programs")
+    pad.agree(f"{rows} rows of {K} by {None if w is None else list(w.shape)} {x.dtype}, pushed {pushed}, {t}, "
+              f"{pushers} + {programs} programs")
     swn, swk = (0, 0) if w is None else w.stride()
     _kernel[(pushers + programs,)](
         x, x if w is None else w, y, pad.peers, pad.local, pad.error, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags, pushers,

@@ -66,7 +66,7 @@ def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, d
     buffer = data + buffer_of(epoch, BUFFERS).to(tl.int64) * nbytes
     sums = buffer + world * ((items + world - 1) // world).to(tl.int64) * (BM * BN * DTYPE.primitive_bitwidth // 8)
     LAG: tl.constexpr = 2 if TWO_SHOT else 1
-    for k in range(0, tl.cdiv(items - pid, programs) + LAG):
+    for k in range(tl.cdiv(items - pid, programs) + LAG):
         item = pid + k * programs
         if item < items:
             m, n = place_of(item, tiles_m, tiles_n, 8)
@@ -98,7 +98,8 @@ def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, d
                                world, TWO_SHOT, BM, BN, ACQUIRE).to(DTYPE)
             if TWO_SHOT:
                 for p in range(world):
-                    tl.store(cells(peers_ptr, peer_of(rank, p, world), sums, DTYPE) + item.to(tl.int64) * (BM * BN) + offs, total, mask=full)
+                    there = cells(peers_ptr, peer_of(rank, p, world), sums, DTYPE)
+                    tl.store(there + item.to(tl.int64) * (BM * BN) + offs, total, mask=full)
                 signal_all(peers_ptr, rank, flag_word(1, rank, item, world, flags), epoch, world, BARRIER, RELEASE)
             else:
                 at = rows[:, None] * N + cols[None, :]
@@ -140,7 +141,8 @@ def needs(x: Tensor, w: Tensor | None, world: int, two_shot: bool, tiles: Tiles 
     return cells_ * t.BM * t.BN * x.element_size(), items
 
 
-def launch(pad: Pad, x: Tensor, w: Tensor | None = None, *, two_shot: bool = False, tiles: Tiles | None = None, **control: object) -> Tensor:
+def launch(pad: Pad, x: Tensor, w: Tensor | None = None, *, two_shot: bool = False, tiles: Tiles | None = None,
+           **control: object) -> Tensor:
     """y = all_reduce(x), or of x [M, K] @ w.T, w [N, K] of any strides. x contiguous, on the pad's device, M N > 0."""
     pad.demand(*needs(x, w, pad.world, two_shot, tiles))
     M, N, K, cut = _cut(x, w)
@@ -149,8 +151,8 @@ def launch(pad: Pad, x: Tensor, w: Tensor | None = None, *, two_shot: bool = Fal
     programs = programs_of(pad, triton.cdiv(M, cut.BM) * triton.cdiv(N, cut.BN))
     pad.agree(f"{list(x.shape)} by {None if w is None else list(w.shape)} {x.dtype}, two_shot {two_shot}, {cut}, {programs} programs")
     swn, swk = (0, 0) if w is None else w.stride()
-    _kernel[(programs,)](x, x if w is None else w, y, pad.peers, pad.local, pad.error, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags, M, N, K,
-                         y.numel(), swn, swk, world=pad.world, OP=OPS.index(pad.op), GEMM=w is not None, TWO_SHOT=two_shot,
+    _kernel[(programs,)](x, x if w is None else w, y, pad.peers, pad.local, pad.error, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags,
+                         M, N, K, y.numel(), swn, swk, world=pad.world, OP=OPS.index(pad.op), GEMM=w is not None, TWO_SHOT=two_shot,
                          INTERP=INTERPRET, launch_cooperative_grid=pad.share == 1, **cut.blocks(),
                          **{"BUFFERS": 2, "BARRIER": True, "RELEASE": "release", "ACQUIRE": "acquire", **control})
     if INTERPRET:

@@ -73,8 +73,8 @@ def _row_sum(parts, offs, mask, step, world, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rank"])
-def _take_kernel(y_ptr, res_ptr, weight_ptr, bias_ptr, h_ptr, rstd_ptr, mean_ptr, peers_ptr, local_ptr, error_ptr, next_peers_ptr, next_local_ptr,
-                 rank, limit, data, nbytes, flags, next_data, next_nbytes, next_flags, M, N, stride, eps,
+def _take_kernel(y_ptr, res_ptr, weight_ptr, bias_ptr, h_ptr, rstd_ptr, mean_ptr, peers_ptr, local_ptr, error_ptr, next_peers_ptr,
+                 next_local_ptr, rank, limit, data, nbytes, flags, next_data, next_nbytes, next_flags, M, N, stride, eps,
                  world, OP: tl.constexpr, NORM: tl.constexpr, PUSH: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr,
                  BLOCK: tl.constexpr, BUFFERS: tl.constexpr, BARRIER: tl.constexpr, RELEASE: tl.constexpr, ACQUIRE: tl.constexpr):
     """NORM: 0 sum only, 1 RMSNorm, 2 LayerNorm. PUSH: send y into the pad of the next all-gather, in its coming epoch."""
@@ -121,9 +121,10 @@ def _take_kernel(y_ptr, res_ptr, weight_ptr, bias_ptr, h_ptr, rstd_ptr, mean_ptr
                     for p in range(1, world):
                         target = cells(next_peers_ptr, peer_of(rank, p, world), there, DTYPE)
                         tl.store(target + (part_slot(rank, 0, blocks).to(tl.int64) * BM + row64) * N + offs, y, mask=mask)
-        if PUSH:
+        if PUSH:  # noqa: SIM102                                      a constexpr and a tensor: two kinds of if
             if last(local_ptr, block, BM // ROWS, BARRIER):
-                signal_all(next_peers_ptr, rank, flag_word(0, rank, block, world, next_flags), next_epoch(next_local_ptr), world, BARRIER, RELEASE)
+                signal_all(next_peers_ptr, rank, flag_word(0, rank, block, world, next_flags), next_epoch(next_local_ptr), world,
+                           BARRIER, RELEASE)
     finish(local_ptr, epoch)
 
 
@@ -178,10 +179,10 @@ def take(pad: Pad, rows: int, N: int, dtype: torch.dtype, gemm: bool, residual: 
     to = onward or pad
     pad.agree(f"sum of {rows} x {N} {dtype}, norm {norm}, onward {onward is not None}, {programs} programs")
     _take_kernel[(programs,)](
-        y, y if residual is None else residual, y if weight is None else weight, y if bias is None else bias, h, rstd, mean, pad.peers, pad.local,
-        pad.error, to.peers, to.local, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags, to.data, to.nbytes, to.flags, rows, N,
-        triton.cdiv(N, t.BN) * t.BN, eps, world=pad.world, OP=OPS.index(pad.op), NORM=norm, PUSH=onward is not None, BM=t.BM, ROWS=per,
-        BLOCK=block, num_warps=row_warps(block), launch_cooperative_grid=pad.share == 1,
+        y, y if residual is None else residual, y if weight is None else weight, y if bias is None else bias, h, rstd, mean, pad.peers,
+        pad.local, pad.error, to.peers, to.local, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags, to.data, to.nbytes, to.flags,
+        rows, N, triton.cdiv(N, t.BN) * t.BN, eps, world=pad.world, OP=OPS.index(pad.op), NORM=norm, PUSH=onward is not None, BM=t.BM,
+        ROWS=per, BLOCK=block, num_warps=row_warps(block), launch_cooperative_grid=pad.share == 1,
         **{**_CONTROL, "ACQUIRE": "acquire", **control})
     if INTERPRET:
         pad.check()
