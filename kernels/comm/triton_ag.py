@@ -100,7 +100,7 @@ def needs(rows: int, K: int, dtype: torch.dtype, world: int, tiles: Tiles | None
 
 def launch(pad: Pad, x: Tensor, rows: int, w: Tensor | None = None, *, pushed: bool = False, tiles: Tiles | None = None,
            **control: object) -> Tensor:
-    """y = all_gather(x), or that @ w.T. x [m, K] contiguous and on a 16-byte boundary; rows: of all ranks, > 0.
+    """y = all_gather(x), or that @ w.T. x [m, K] contiguous; rows: of all ranks, > 0.
 
     pushed: triton_rs has already sent x into this pad, in this epoch; nobody sends here."""
     share = -(-rows // pad.world)
@@ -109,6 +109,8 @@ def launch(pad: Pad, x: Tensor, rows: int, w: Tensor | None = None, *, pushed: b
     pad.demand(*needs(rows, K, x.dtype, pad.world, t))
     if x.shape[0] != start_of(pad.rank + 1, rows, pad.world) - start_of(pad.rank, rows, pad.world):
         raise ValueError(f"{pad.op}: rank {pad.rank} must have its share of {rows} rows over {pad.world} ranks, got {x.shape[0]}")
+    if x.device.type != "meta" and x.data_ptr() % 16:                 # own rows are read with the alignment of a pad
+        x = x.clone()
     y = x.new_empty(rows, N)
     pushers = 0 if pushed else _pushers(pad, N, x.element_size(), w is not None)
     items = pad.world * count_blocks(rows, pad.world, t.BM) * triton.cdiv(N, t.BN)

@@ -177,6 +177,9 @@ def take(pad: Pad, rows: int, N: int, dtype: torch.dtype, gemm: bool, residual: 
     per = 4 if t.BM % 4 == 0 else t.BM                                # rows a program takes after one look at the flags
     programs = programs_of(pad, count_blocks(rows, pad.world, t.BM) * (t.BM // per))
     to = onward or pad
+    if onward is not None:
+        blocks = count_blocks(rows, pad.world, t.BM)
+        onward.demand(pad.world * blocks * t.BM * N * dtype.itemsize, blocks)
     pad.agree(f"sum of {rows} x {N} {dtype}, norm {norm}, onward {onward is not None}, {programs} programs")
     _take_kernel[(programs,)](
         y, y if residual is None else residual, y if weight is None else weight, y if bias is None else bias, h, rstd, mean, pad.peers,
