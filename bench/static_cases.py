@@ -137,7 +137,7 @@ def _overlapped(M: int, N: int, K: int, W: int) -> list[Case]:
     x, w, size, m, flops = lambda dt: _new(M, K, dtype=dt), lambda dt: _new(N, K, dtype=dt), f"{M}x{N}x{K} of {W}", M // W, 2 * M * N * K
 
     def pad(op: str) -> Any:
-        made = PAD.Pad.virtual(W, op, 256, 1, "meta")[1]
+        made = PAD.Pad.virtual(W, op, 1 << 20, 1 << 12, "meta")[1]
         made.share = 1                                                # a GPU of its own
         return made
     return [
