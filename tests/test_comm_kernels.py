@@ -260,7 +260,7 @@ def _mismatch(rank):
     with pytest.raises(CollectiveMismatch, match=r"gemm_ar: rank 0 of group .* called .*\[8, 16\].*, but rank 1 called .*\[8, 32\]"):
         triton_ar.launch(pad, torch.ones(8, 16 + 16 * rank))
     assert triton_ar.launch(pad, torch.ones(3, 5)).eq(2).all(), "the pad stays usable"
-    with pytest.raises(CollectiveMismatch, match="rank 0 of group .* made the pad of .*1024.*but rank 1 made the pad of .*2048"):
+    with pytest.raises(CollectiveMismatch, match=r"rank 0 of group .* made the pad of .*1024.*but rank 1 made the pad of .*2048"):
         Pad(dist.group.WORLD, "gemm_ar", 1024 * (rank + 1), 8)
 
 
@@ -292,7 +292,7 @@ def test_a_result_that_missed_a_part_is_nan_interpret():
     for call in (lambda: triton_ar.launch(pads[0], torch.ones(100)), lambda: triton_ar.launch(pads[0], torch.ones(100), two_shot=True)):
         made = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "empty_like", lambda x, real=torch.empty_like: made.append(real(x)) or made[-1])
+            patch.setattr(torch, "empty_like", lambda x, real=torch.empty_like, made=made: made.append(real(x)) or made[-1])
             with pytest.raises(TimeoutError, match="no signal from rank 1"):
                 call()
         assert made[0].isnan().all()
@@ -307,6 +307,14 @@ def _registry(rank):
     assert b is not a and b.nbytes >= 100_000 and b.flags == 8
     with pytest.raises(ValueError, match=r"ag_gemm: rank \d must have its share of 8 rows over 2 ranks, got 3"):
         triton_ag.launch(Pad.virtual(2, "ag_gemm", 1 << 12, 8, "cpu")[rank], torch.ones(3, 4), 8)
+
+
+def test_a_pad_too_small_interpret():
+    small = Pad.virtual(2, "all_reduce", 256, 1, "cpu")[0]
+    for call in (lambda: triton_ar.launch(small, torch.ones(1000)), lambda: triton_ag.launch(small, torch.ones(50, 8), 100),
+                 lambda: triton_rs.push(small, torch.ones(100, 8))):
+        with pytest.raises(ValueError, match=r"all_reduce: the pad of group 'virtual' must hold \d+ bytes and \d+ flags, got 256 and 1"):
+            call()
 
 
 def test_pads_are_kept_and_grow_interpret():

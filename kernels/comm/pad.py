@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .heap import CollectiveMismatch, SymmHeap, _exchange
+from .heap import CollectiveMismatch, SymmHeap, _exchange, _host
 
 __all__ = ["OPS", "Pad", "pad_of"]
 
@@ -41,6 +42,8 @@ class Pad:
 
     world: int
     rank: int
+    memory: Tensor
+    _keep: list[Any]                                                  # what the addresses lie in
     share = 1                                                         # ranks on this rank's GPU
     multicast = 0                                                     # the multicast address of the allocation, 0 without one
 
@@ -74,7 +77,7 @@ class Pad:
         addresses = [p.memory.data_ptr() if p.device.type != "meta" else 0 for p in pads]
         for pad in pads:
             pad._ready(addresses, start)
-            pad._keep = pads                                          # an address is no reference
+            pad._keep = list(pads)                                    # an address is no reference
         return pads
 
     @property
@@ -87,10 +90,11 @@ class Pad:
         return self.data + 2 * self.nbytes
 
     def _map(self) -> list[int]:
+        assert self.group is not None
         self._heap = SymmHeap(self.group, -(-self.total // 2), name=f"{self.name} {self.op}")
         each = 2 * self._heap.nbytes
         views = [self._heap._segment.view(r * each, self.total) for r in range(self.world)]  # type: ignore[union-attr]
-        self.memory, self._keep = views[self.rank], views
+        self.memory, self._keep = views[self.rank], list(views)
         return [v.data_ptr() for v in views]
 
     def _rendezvous(self) -> list[int]:
@@ -98,8 +102,9 @@ class Pad:
         with torch.cuda.device(self.device):
             self.memory = symm_mem.empty(self.total, dtype=torch.uint8, device=self.device)
             self._handle = symm_mem.rendezvous(self.memory, self.group)  # type: ignore[arg-type]
-        if self._handle.has_multicast_support(torch._C._autograd.DeviceType.CUDA, self.device.index or 0):
-            self.multicast = self._handle.multicast_ptr
+        here = f"{_host()} {torch.cuda.get_device_properties(self.device).uuid}"
+        self.share = _exchange(here, self.group).count(here)  # type: ignore[arg-type]
+        self.multicast = self._handle.multicast_ptr
         return list(self._handle.buffer_ptrs)
 
     def _ready(self, addresses: list[int], start: int) -> None:
@@ -154,14 +159,20 @@ class Pad:
         """Make the pad new after a TimeoutError. Collective: no rank may still run a kernel over it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        for _ in range(2):
+        for step in (lambda: self._clear(start), lambda: None):
             if self.group is not None:
                 _exchange(None, self.group)                           # all have ended their kernels; all have cleared their words
-            if _ == 0:
-                self._clear(start)
+            step()
 
     def fits(self, nbytes: int, flags: int) -> bool:
         return nbytes <= self.nbytes and flags <= self.flags
+
+    def demand(self, nbytes: int, flags: int) -> None:
+        """Before every launch: check(), and room for the call. Raises: ValueError, on all ranks alike."""
+        self.check()
+        if not self.fits(nbytes, flags) and self.device.type != "meta":
+            raise ValueError(f"{self.op}: the pad of group '{self.name}' must hold {nbytes} bytes and {flags} flags, got {self.nbytes} and "
+                             f"{self.flags}; make it with needs() of the largest call")
 
 
 _pads: dict[tuple[int, str, int], Pad] = {}

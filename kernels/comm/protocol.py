@@ -34,9 +34,13 @@ whatever the shapes of the calls before.
 """
 from dataclasses import dataclass
 
-from ..dispatch import tl                                             # noqa: F401  (the interpreter looks for it beside what it runs)
+from ..dispatch import tl  # noqa: F401  (the interpreter looks for it beside what it runs)
 
+<<<<<<< HEAD
 __all__ = ["Control", "Step", "TABLES", "gather", "heap", "one_shot", "scatter", "two_shot"]
+=======
+__all__ = ["TABLES", "Control", "Step", "gather", "one_shot", "scatter", "two_shot"]
+>>>>>>> 79ad8ff4dffcd335f6433f51d36498f94503d991
 
 
 @dataclass(frozen=True)
@@ -202,8 +206,9 @@ def gather(rank: int, world: int, epoch: int, items: int, pushers: int = 1, prog
 
 
 def scatter(rank: int, world: int, epoch: int, items: int, tiles: int = 1, programs: int = 1, c: Control = FULL) -> Call:
-    """reduce_scatter, gemm_rs, rs_residual_norm: every rank owns `items` row blocks of `tiles` tiles. Kernel 1 sends the tiles of the next rank's blocks,
-    then of the one after it, own last; the last of a block's tiles to be done signals its owner. Kernel 2 sums the own blocks."""
+    """reduce_scatter, gemm_rs, rs_residual_norm: every rank owns `items` row blocks of `tiles` tiles. Kernel 1 sends the tiles of the
+    next rank's blocks, then of the one after it, own last; the last of a block's tiles to be done signals its owner. Kernel 2 sums
+    the own blocks."""
     sent = [(peer_of(rank, i + 1, world), item, tile) for i in range(world) for item in range(items) for tile in range(tiles)]
     push: list[Program] = []
     for p in range(programs):

@@ -44,11 +44,11 @@ def signal(peers_ptr, to, word, epoch, BARRIER: tl.constexpr, RELEASE: tl.conste
 
 
 @triton.jit
-def signal_all(peers_ptr, rank, word, epoch, WORLD: tl.constexpr, BARRIER: tl.constexpr, RELEASE: tl.constexpr):
+def signal_all(peers_ptr, rank, word, epoch, world, BARRIER: tl.constexpr, RELEASE: tl.constexpr):
     if BARRIER:
         tl.debug_barrier()
-    for i in range(WORLD):
-        signal(peers_ptr, peer_of(rank, i, WORLD), word, epoch, False, RELEASE)
+    for i in range(world):
+        signal(peers_ptr, peer_of(rank, i, world), word, epoch, False, RELEASE)
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def wait(peers_ptr, local_ptr, error_ptr, rank, source, word, epoch, limit, OP: 
     while (got - epoch < 0) & (polls < limit):                        # signed difference: epochs may wrap
         got = tl.atomic_add(flag, 0, sem=ACQUIRE, scope="sys")
         polls += 1 + tl.load(local_ptr + 2, volatile=True) * limit    # after one wait has failed, the others do not spin it out
-    if got - epoch < 0:
+    if got - epoch < 0:  # noqa: SIM102                               nested: `and` would run the atomic in every wait
         if tl.atomic_cas(local_ptr + 2, 0, 1, sem="relaxed", scope="gpu") == 0:
             tl.store(error_ptr + 1, OP)
             tl.store(error_ptr + 2, epoch)

@@ -60,7 +60,7 @@ def tiles_of(rows: int, dtype: torch.dtype) -> Tiles:
     if INTERPRET:
         return Tiles(16, 16, 32, 4, 1)
     if dtype == torch.float32:
-        return Tiles(64, 64, 16, 4, 3)
+        return Tiles(64, 64, 32, 4, 4)
     return Tiles(128, 256, 64, 8, 3) if rows > 64 else Tiles(64, 128, 64, 4, 4)
 
 

@@ -38,17 +38,17 @@ __all__ = ["needs", "push", "take"]
 # ---- kernels --------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _push_kernel(x_ptr, w_ptr, peers_ptr, local_ptr, rank, data, nbytes, flags, M, N, K, swn, swk, WORLD: tl.constexpr, GEMM: tl.constexpr,
+@triton.jit(do_not_specialize=["rank"])
+def _push_kernel(x_ptr, w_ptr, peers_ptr, local_ptr, rank, data, nbytes, flags, M, N, K, swn, swk, world, GEMM: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERP: tl.constexpr, BUFFERS: tl.constexpr,
                  BARRIER: tl.constexpr, RELEASE: tl.constexpr):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    epoch, blocks, tiles_n = next_epoch(local_ptr), blocks_of(M, WORLD, BM), tl.cdiv(N, BN)
+    epoch, blocks, tiles_n = next_epoch(local_ptr), blocks_of(M, world, BM), tl.cdiv(N, BN)
     buffer = data + buffer_of(epoch, BUFFERS).to(tl.int64) * nbytes
-    for at in range(tl.program_id(0), WORLD * blocks * tiles_n, tl.num_programs(0)):
-        to = peer_of(rank, 1 + at // (blocks * tiles_n), WORLD)
+    for at in range(tl.program_id(0), world * blocks * tiles_n, tl.num_programs(0)):
+        to = peer_of(rank, 1 + at // (blocks * tiles_n), world)
         block, n = place_of(at % (blocks * tiles_n), blocks, tiles_n, 4)
-        row, end = (first_row(to, M, WORLD) + block * BM).to(tl.int64), first_row(to + 1, M, WORLD)
+        row, end = (first_row(to, M, world) + block * BM).to(tl.int64), first_row(to + 1, M, world)
         if row < end:
             i, j = tl.arange(0, BM), tl.arange(0, BN)
             rows, cols = row + i, n * BN + j
@@ -60,34 +60,34 @@ def _push_kernel(x_ptr, w_ptr, peers_ptr, local_ptr, rank, data, nbytes, flags, 
             tl.store(cells(peers_ptr, to, buffer, DTYPE) + cell[:, None] * (tiles_n * BN) + cols[None, :], value,
                      mask=(rows < end)[:, None] & (j >= 0)[None, :])
         if last(local_ptr, to * blocks + block, tiles_n, BARRIER):
-            signal(peers_ptr, to, flag_word(0, rank, block, WORLD, flags), epoch, BARRIER, RELEASE)
+            signal(peers_ptr, to, flag_word(0, rank, block, world, flags), epoch, BARRIER, RELEASE)
 
 
 @triton.jit
-def _row_sum(parts, offs, mask, step, WORLD: tl.constexpr, BLOCK: tl.constexpr):
-    """Row of every rank's part, `step` apart, in rank order. Four loads in flight: all eight of an H200 node would spill."""
+def _row_sum(parts, offs, mask, step, world, BLOCK: tl.constexpr):
+    """Row of every rank's part, `step` apart, in rank order. Two loads in flight: four spill in some of the launches."""
     acc = tl.zeros([BLOCK], dtype=tl.float32)
-    for s in tl.range(WORLD, loop_unroll_factor=4):
+    for s in tl.range(world, loop_unroll_factor=2):
         acc += tl.load(parts + s * step + offs, mask=mask, other=0.0).to(tl.float32)
     return acc
 
 
-@triton.jit
-def _take_kernel(y_ptr, res_ptr, weight_ptr, bias_ptr, h_ptr, rstd_ptr, mean_ptr, peers_ptr, local_ptr, error_ptr, next_peers_ptr, next_local_ptr,
-                 rank, limit, data, nbytes, flags, next_data, next_nbytes, next_flags, M, N, stride, eps,
-                 WORLD: tl.constexpr, OP: tl.constexpr, NORM: tl.constexpr, PUSH: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit(do_not_specialize=["rank"])
+def _take_kernel(y_ptr, res_ptr, weight_ptr, bias_ptr, h_ptr, rstd_ptr, mean_ptr, peers_ptr, local_ptr, error_ptr, next_peers_ptr,
+                 next_local_ptr, rank, limit, data, nbytes, flags, next_data, next_nbytes, next_flags, M, N, stride, eps,
+                 world, OP: tl.constexpr, NORM: tl.constexpr, PUSH: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr,
                  BLOCK: tl.constexpr, BUFFERS: tl.constexpr, BARRIER: tl.constexpr, RELEASE: tl.constexpr, ACQUIRE: tl.constexpr):
     """NORM: 0 sum only, 1 RMSNorm, 2 LayerNorm. PUSH: send y into the pad of the next all-gather, in its coming epoch."""
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    epoch, blocks = next_epoch(local_ptr), blocks_of(M, WORLD, BM)
+    epoch, blocks = next_epoch(local_ptr), blocks_of(M, world, BM)
     buffer = data + buffer_of(epoch, BUFFERS).to(tl.int64) * nbytes
-    total = first_row(rank + 1, M, WORLD) - first_row(rank, M, WORLD)
+    total = first_row(rank + 1, M, world) - first_row(rank, M, world)
     step = blocks.to(tl.int64) * BM * stride                          # from one rank's parts to the next one's
     for at in range(tl.program_id(0), blocks * (BM // ROWS), tl.num_programs(0)):
         block = at // (BM // ROWS)
         ok = epoch == epoch
-        for s in range(WORLD):
-            ok = ok & wait(peers_ptr, local_ptr, error_ptr, rank, s, flag_word(0, s, block, WORLD, flags), epoch, limit, OP, ACQUIRE)
+        for s in range(world):
+            ok = ok & wait(peers_ptr, local_ptr, error_ptr, rank, s, flag_word(0, s, block, world, flags), epoch, limit, OP, ACQUIRE)
         width = tl.where(ok, N, 0)
         for row in range(at * ROWS, tl.minimum(at * ROWS + ROWS, total)):
             row64 = tl.full([], row, tl.int64)                        # interpreted, a loop variable is a plain int
@@ -95,12 +95,12 @@ def _take_kernel(y_ptr, res_ptr, weight_ptr, bias_ptr, h_ptr, rstd_ptr, mean_ptr
             if NORM == 0:
                 for first in range(0, N, BLOCK):
                     offs = first + tl.arange(0, BLOCK)
-                    acc = _row_sum(parts, offs, offs < width, step, WORLD, BLOCK)
+                    acc = _row_sum(parts, offs, offs < width, step, world, BLOCK)
                     tl.store(y_ptr + row64 * N + offs, tl.where(ok, acc, float("nan")).to(DTYPE), mask=offs < N)
             else:
                 offs = tl.arange(0, BLOCK)
                 mask = offs < N
-                acc = _row_sum(parts, offs, offs < width, step, WORLD, BLOCK)
+                acc = _row_sum(parts, offs, offs < width, step, world, BLOCK)
                 acc += tl.load(res_ptr + row64 * N + offs, mask=mask, other=0.0).to(tl.float32)
                 h = tl.where(ok | (offs >= N), acc, float("nan")).to(DTYPE)
                 tl.store(h_ptr + row64 * N + offs, h, mask=mask)
@@ -118,12 +118,13 @@ def _take_kernel(y_ptr, res_ptr, weight_ptr, bias_ptr, h_ptr, rstd_ptr, mean_ptr
                 tl.store(y_ptr + row64 * N + offs, y, mask=mask)
                 if PUSH:
                     there = next_data + buffer_of(next_epoch(next_local_ptr), BUFFERS).to(tl.int64) * next_nbytes
-                    for p in range(1, WORLD):
-                        target = cells(next_peers_ptr, peer_of(rank, p, WORLD), there, DTYPE)
+                    for p in range(1, world):
+                        target = cells(next_peers_ptr, peer_of(rank, p, world), there, DTYPE)
                         tl.store(target + (part_slot(rank, 0, blocks).to(tl.int64) * BM + row64) * N + offs, y, mask=mask)
-        if PUSH:
+        if PUSH:  # noqa: SIM102                                      a constexpr and a tensor: two kinds of if
             if last(local_ptr, block, BM // ROWS, BARRIER):
-                signal_all(next_peers_ptr, rank, flag_word(0, rank, block, WORLD, next_flags), next_epoch(next_local_ptr), WORLD, BARRIER, RELEASE)
+                signal_all(next_peers_ptr, rank, flag_word(0, rank, block, world, next_flags), next_epoch(next_local_ptr), world,
+                           BARRIER, RELEASE)
     finish(local_ptr, epoch)
 
 
@@ -146,8 +147,8 @@ def needs(rows: int, N: int, dtype: torch.dtype, world: int, gemm: bool = True) 
 
 def push(pad: Pad, x: Tensor, w: Tensor | None = None, **control: object) -> None:
     """Kernel 1: the rows of x, or of x @ w.T, to their owners. x [rows, K] contiguous, rows > 0. take() must follow."""
-    pad.check()
     rows, N = x.shape[0], x.shape[1] if w is None else w.shape[0]
+    pad.demand(*needs(rows, N, x.dtype, pad.world, w is not None))
     t = _tiles(rows, pad.world, x.dtype, w is not None)
     items = pad.world * count_blocks(rows, pad.world, t.BM) * triton.cdiv(N, t.BN)
     if pad.world * count_blocks(rows, pad.world, t.BM) > COUNTERS:
@@ -156,7 +157,7 @@ def push(pad: Pad, x: Tensor, w: Tensor | None = None, **control: object) -> Non
     pad.agree(f"{list(x.shape)} by {None if w is None else list(w.shape)} {x.dtype}, {t}, {programs} programs")
     swn, swk = (0, 0) if w is None else w.stride()
     _push_kernel[(programs,)](x, x if w is None else w, pad.peers, pad.local, pad.rank, pad.data, pad.nbytes, pad.flags, rows, N,
-                              x.shape[1], swn, swk, WORLD=pad.world, GEMM=w is not None, INTERP=INTERPRET, **t.blocks(),
+                              x.shape[1], swn, swk, world=pad.world, GEMM=w is not None, INTERP=INTERPRET, **t.blocks(),
                               **{**_CONTROL, **{k: v for k, v in control.items() if k != "ACQUIRE"}})
 
 
@@ -176,12 +177,15 @@ def take(pad: Pad, rows: int, N: int, dtype: torch.dtype, gemm: bool, residual: 
     per = 4 if t.BM % 4 == 0 else t.BM                                # rows a program takes after one look at the flags
     programs = programs_of(pad, count_blocks(rows, pad.world, t.BM) * (t.BM // per))
     to = onward or pad
+    if onward is not None:
+        blocks = count_blocks(rows, pad.world, t.BM)
+        onward.demand(pad.world * blocks * t.BM * N * dtype.itemsize, blocks)
     pad.agree(f"sum of {rows} x {N} {dtype}, norm {norm}, onward {onward is not None}, {programs} programs")
     _take_kernel[(programs,)](
-        y, y if residual is None else residual, y if weight is None else weight, y if bias is None else bias, h, rstd, mean, pad.peers, pad.local,
-        pad.error, to.peers, to.local, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags, to.data, to.nbytes, to.flags, rows, N,
-        triton.cdiv(N, t.BN) * t.BN, eps, WORLD=pad.world, OP=OPS.index(pad.op), NORM=norm, PUSH=onward is not None, BM=t.BM, ROWS=per,
-        BLOCK=block, num_warps=row_warps(block), launch_cooperative_grid=pad.share == 1,
+        y, y if residual is None else residual, y if weight is None else weight, y if bias is None else bias, h, rstd, mean, pad.peers,
+        pad.local, pad.error, to.peers, to.local, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags, to.data, to.nbytes, to.flags,
+        rows, N, triton.cdiv(N, t.BN) * t.BN, eps, world=pad.world, OP=OPS.index(pad.op), NORM=norm, PUSH=onward is not None, BM=t.BM,
+        ROWS=per, BLOCK=block, num_warps=row_warps(block), launch_cooperative_grid=pad.share == 1,
         **{**_CONTROL, "ACQUIRE": "acquire", **control})
     if INTERPRET:
         pad.check()

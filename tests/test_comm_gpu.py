@@ -1,0 +1,155 @@
+"""The overlapped kernels on one GPU: ranks that are streams of this process, ranks that are processes, and a CUDA graph."""
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run
+
+from interlace.kernels.comm import triton_ag, triton_ar, triton_rs
+from interlace.kernels.comm.pad import Pad
+from interlace.kernels.comm.protocol import first_row
+
+pytestmark = pytest.mark.gpu
+# ruff: noqa: B023  (what on_all() is given runs at once)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def _needs_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+def ints(g, dtype, *shape):
+    return torch.randint(-2, 3, shape, generator=g).to(dtype).cuda()
+
+
+def product(x, w):
+    return (x.double() @ w.double().t()).float()
+
+
+def virtual(world, op, needs):
+    streams = [torch.cuda.Stream() for _ in range(world)]
+    for stream in streams:                                            # fill its share of the allocator: no cudaMalloc while others spin
+        with torch.cuda.stream(stream):
+            spare = [torch.empty(1 << 19, dtype=torch.uint8, device="cuda") for _ in range(16)], torch.empty(1 << 25, device="cuda")
+            del spare
+    return Pad.virtual(world, op, *needs, "cuda"), streams
+
+
+def on_all(streams, fn):
+    """fn(rank) on the stream of each rank; nothing is waited for until all are launched."""
+    torch.cuda.synchronize()
+    results = []
+    for r, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            results.append(fn(r))
+    torch.cuda.synchronize()
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("world", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("two_shot", [False, True])
+def test_gemm_ar(world, dtype, two_shot):
+    M, N, K, g = 300, 520, 200, torch.Generator().manual_seed(0)
+    like = torch.empty(M, K, dtype=dtype), torch.empty(N, K, dtype=dtype)
+    pads, streams = virtual(world, "gemm_ar", triton_ar.needs(*like, world, two_shot))
+    for _ in range(3):
+        xs, ws = ([ints(g, dtype, *s) for _ in range(world)] for s in ((M, K), (N, K)))
+        want = sum(product(x, w) for x, w in zip(xs, ws)).to(dtype)
+        for y in on_all(streams, lambda r: triton_ar.launch(pads[r], xs[r], ws[r], two_shot=two_shot)):
+            assert torch.equal(y, want)
+        for pad in pads:
+            pad.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("world", [1, 2, 3, 6, 8])
+def test_ag_gemm_and_gemm_rs(world, dtype):
+    M, N, K, g = 300, 520, 200, torch.Generator().manual_seed(1)
+    gather, streams = virtual(world, "ag_gemm", triton_ag.needs(M, K, dtype, world))
+    scatter, _ = virtual(world, "gemm_rs", triton_rs.needs(M, N, dtype, world))
+    mine = [slice(first_row(r, M, world), first_row(r + 1, M, world)) for r in range(world)]
+    for _ in range(3):
+        x, xs, ws = ints(g, dtype, M, K), [ints(g, dtype, M, K) for _ in range(world)], [ints(g, dtype, N, K) for _ in range(world)]
+        shards = [x[mine[r]].clone() for r in range(world)]
+        for r, y in enumerate(on_all(streams, lambda r: triton_ag.launch(gather[r], shards[r], M, ws[r]))):
+            assert torch.equal(y, product(x, ws[r]).to(dtype))
+        total = sum(product(a, b) for a, b in zip(xs, ws)).to(dtype)
+
+        def scattered(r):
+            triton_rs.push(scatter[r], xs[r], ws[r])
+            return triton_rs.take(scatter[r], M, N, dtype, True)[0]
+        for r, y in enumerate(on_all(streams, scattered)):
+            assert torch.equal(y, total[mine[r]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_rs_residual_norm_feeds_the_next_gather(dtype, bias):
+    world, M, N, g = 3, 300, 520, torch.Generator().manual_seed(2)
+    pads, streams = virtual(world, "rs_residual_norm", triton_rs.needs(M, N, dtype, world, False))
+    onward, _ = virtual(world, "all_gather", triton_ag.needs(M, N, dtype, world))
+    mine = [slice(first_row(r, M, world), first_row(r + 1, M, world)) for r in range(world)]
+    for _ in range(3):
+        ps, residual, w, b = [ints(g, dtype, M, N) for _ in range(world)], ints(g, dtype, M, N), ints(g, dtype, N), ints(g, dtype, N)
+        h = sum(p.float() for p in ps) + residual.float()
+        want = torch.nn.functional.layer_norm(h, (N,), w.float(), b.float(), 1e-5) if bias else (
+            h * (h.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w.float())
+
+        def step(r):
+            triton_rs.push(pads[r], ps[r])
+            h, y, *_ = triton_rs.take(pads[r], M, N, dtype, False, residual[mine[r]].clone(), w, b if bias else None, 1e-5, onward[r])
+            return h, y, triton_ag.launch(onward[r], y, M, pushed=True)
+        for r, (hr, yr, full) in enumerate(on_all(streams, step)):
+            assert torch.equal(hr, h.to(dtype)[mine[r]]) and torch.equal(full[mine[r]], yr)
+            torch.testing.assert_close(full.float(), want, rtol=torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_a_rank_that_does_not_come():
+    pads = Pad.virtual(2, "all_reduce", 1 << 16, 64, "cuda", polls=1000)
+    y = triton_ar.launch(pads[0], torch.ones(1000, device="cuda"))
+    torch.cuda.synchronize()
+    assert y.isnan().all()
+    with pytest.raises(TimeoutError, match=r"all_reduce: no signal from rank 1 of .* after 1000 polls; waited for epoch 1 "):
+        triton_ar.launch(pads[0], torch.ones(1000, device="cuda"))
+
+
+def test_a_graph_replays():
+    world, M, N, K, g = 2, 256, 256, 128, torch.Generator().manual_seed(3)
+    dtype = torch.bfloat16
+    pads, streams = virtual(world, "gemm_ar", triton_ar.needs(torch.empty(M, K, dtype=dtype), torch.empty(N, K, dtype=dtype), world, False))
+    xs, ws = ([ints(g, dtype, *s) for _ in range(world)] for s in ((M, K), (N, K)))
+    on_all(streams, lambda r: triton_ar.launch(pads[r], xs[r], ws[r]))
+    graphs, ys = [torch.cuda.CUDAGraph() for _ in range(world)], []
+    for r in range(world):
+        with torch.cuda.graph(graphs[r], stream=streams[r]):
+            ys.append(triton_ar.launch(pads[r], xs[r], ws[r]))
+    for _ in range(5):
+        for x in (*xs, *ws):
+            x.copy_(ints(g, dtype, *x.shape))
+        on_all(streams, lambda r: graphs[r].replay())
+        want = sum(product(x, w) for x, w in zip(xs, ws)).to(dtype)
+        assert all(torch.equal(y, want) for y in ys)
+
+
+def _processes(rank, world):
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    torch.cuda.set_device(0)
+    M, N, K, g, dtype = 200, 264, 136, torch.Generator().manual_seed(4), torch.bfloat16
+    device = torch.device("cuda", 0)
+    sizes = [triton_ar.needs(torch.empty(M, K, dtype=dtype), torch.empty(N, K, dtype=dtype), world, two_shot) for two_shot in (False, True)]
+    pad = Pad(dist.group.WORLD, "gemm_ar", *map(max, zip(*sizes)), device)
+    assert pad.share == world and pad.multicast == 0
+    for e in range(3):
+        xs, ws = ([ints(g, dtype, *s) for _ in range(world)] for s in ((M, K), (N, K)))
+        y = triton_ar.launch(pad, xs[rank], ws[rank], two_shot=e == 1)
+        assert torch.equal(y, sum(product(x, w) for x, w in zip(xs, ws)).to(dtype))
+        pad.check()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_on_one_gpu(world):
+    run(world, _processes, world)
