@@ -36,11 +36,7 @@ from dataclasses import dataclass
 
 from ..dispatch import tl  # noqa: F401  (the interpreter looks for it beside what it runs)
 
-<<<<<<< HEAD
-__all__ = ["Control", "Step", "TABLES", "gather", "heap", "one_shot", "scatter", "two_shot"]
-=======
-__all__ = ["TABLES", "Control", "Step", "gather", "one_shot", "scatter", "two_shot"]
->>>>>>> 79ad8ff4dffcd335f6433f51d36498f94503d991
+__all__ = ["TABLES", "Control", "Step", "gather", "heap", "one_shot", "scatter", "two_shot"]
 
 
 @dataclass(frozen=True)
