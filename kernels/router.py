@@ -87,7 +87,8 @@ def _router_ref(logits: Tensor, bias: Tensor | None, valid: Tensor | None, given
         q = q / (q.sum(1, keepdim=True) + _TINY) if norm else q
     q = q.masked_fill(~on | (xk == -torch.inf), 0.0)
     of = torch.arange(T, device=device) % sequences
-    sums = x.new_zeros(sequences, E).index_add(0, of, n.masked_fill(~ok[:, None], 0.0))
+    sums = n.masked_fill(~ok[:, None], 0.0).double()                  # summed in token order, which fp32 would feel
+    sums = sums.new_zeros(sequences, E).index_add(0, of, sums).to(x.dtype)
     slot = (of[:, None] * E + at)[on]
     counts = torch.zeros(sequences * E, dtype=torch.int32, device=device).index_add(0, slot, torch.ones_like(slot, dtype=torch.int32))
     return q * scaling, sums, lse, torch.where(on, at, -1).int(), counts.view(sequences, E)

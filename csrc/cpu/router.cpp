@@ -164,7 +164,7 @@ template <class A> struct Scratch {
 
 template <int F, class T> void fwd_tokens(int64_t begin, int64_t end, int64_t E, const T* logits, const acc_t<T>* bias, const bool* valid,
                                           const int32_t* given, const Options& o, int32_t* ids, acc_t<T>* probs, acc_t<T>* lse,
-                                          acc_t<T>* sums, int32_t* counts) {
+                                          double* sums, int32_t* counts) {
   using A = acc_t<T>;
   const int64_t P = padded(E), K = o.K;
   Scratch<A> w(E, K, o.groups);
@@ -181,7 +181,7 @@ template <int F, class T> void fwd_tokens(int64_t begin, int64_t end, int64_t E,
     load(l, x, E);
     const Soft<A> soft = softmax(x, e, P);
     lse[t] = soft.m + std::log(soft.total);
-    A* acc = sums + t % o.sequences * E;
+    double* acc = sums + t % o.sequences * E;  // fp32 in token order would lose 2 bits over 128 tokens
     if constexpr (F == SOFTMAX) {
       const A over = A(1) / soft.total;
 #pragma omp simd
@@ -195,7 +195,7 @@ template <int F, class T> void fwd_tokens(int64_t begin, int64_t end, int64_t E,
     }
     const A over = F == SOFTMAX ? A(1) : A(1) / (sum(s, P) + A(TINY));
 #pragma omp simd
-    for (int64_t i = 0; i < E; i++) acc[i] += s[i] * over;
+    for (int64_t i = 0; i < E; i++) acc[i] += double(s[i] * over);
     if (given) {
       std::copy_n(given + t * K, K, id);
     } else {
@@ -244,7 +244,7 @@ Outputs fwd(Tensor logits, std::optional<Tensor> bias, std::optional<Tensor> val
   const int64_t step = std::max(CHUNK, sequences), chunks = (T_ + step - 1) / step;
   dispatch(logits, "router", [&]<class T>(T) {
     using A = acc_t<T>;
-    std::vector<A> part(chunks * N);
+    std::vector<double> part(chunks * N);
     std::vector<int32_t> counted(chunks * N);
     by_function(func, [&](auto f) {
       torch::stable::parallel_for(0, chunks, 1, [&](int64_t c0, int64_t c1) {
