@@ -243,8 +243,12 @@ def test_absent_peers_are_named(monkeypatch, tmp_path):
 
 
 def test_a_full_disk_stops_with_words(monkeypatch, tmp_path):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    plain = pathlib.Path.open
+
+    def full(self, mode="r", *args, **kwargs):
+        if mode != "r":
+            raise OSError(28, "No space left on device")
+        return plain(self, mode, *args, **kwargs)
     monkeypatch.setattr(pathlib.Path, "open", full)
     with pytest.raises(RunError, match="--out must be writable during a run, got No space left on device"):
         rows.append(tmp_path, "rope", [{"op": "rope"}], "r", {})
