@@ -166,7 +166,7 @@ class MoELayer(nn.Module):
         forced = None
         if self.options.force_load_balancing:
             forced = forced_balance(S * B * t, K, self.num_experts, x.device).chunk(t)[self.tp.rank]
-        routing = self.gate(flat, B, forced)
+        routing = self.gate(flat, max(B, 1), forced)
         ids = self._within_capacity(routing)
         e = self.experts
         if self.ep.size == 1:

@@ -97,8 +97,11 @@ def pieces_of(param: Tensor) -> tuple[Piece, ...]:
 
 @torch.no_grad()
 def init_parameters(model: nn.Module, seed: int) -> None:
-    """Initial weights from the seed and each tensor's global name: the same numbers for every layout and dtype."""
+    """Initial weights from the seed and each tensor's global name: the same numbers for every layout and dtype. Parameters without
+    pieces, of a user's own module, keep theirs."""
     for name, piece, param in named_pieces(model):
+        if not hasattr(param, "pieces"):
+            continue
         local = piece.local(param)
         if (std := getattr(param, "init_std", None)) is None:
             local.fill_(getattr(param, "init_fill", 0.0))
