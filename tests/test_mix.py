@@ -67,13 +67,13 @@ def shape(o):
     return o["tp"], o["pp"], o["dp"], o["ep"]
 
 
-def layouts(seed=0, drawn=800, tries=40):
-    """Of `drawn` random legal layouts enough to hold every pair of values and every shape (tp, pp, dp, ep) that any of them has:
-    greedily, each the one of `tries` that holds most of what is missing."""
+def layouts(most, seed=0, drawn=500, tries=25):
+    """Of `drawn` random legal layouts on up to `most` ranks enough to hold every pair of values and every shape (tp, pp, dp, ep) that
+    any of them has: greedily, each the one of `tries` that holds most of what is missing."""
     rng, draws, chosen = random.Random(seed), [], []
     while len(draws) < drawn:
         o = {k: rng.choice(v) for k, v in OPTIONS.items()}
-        if legal(o):
+        if world(o) <= most and legal(o):
             draws.append(o)
     missing, shapes = set().union(*map(pairs_of, draws)), {shape(o) for o in draws}
     while missing or shapes:
@@ -82,17 +82,19 @@ def layouts(seed=0, drawn=800, tries=40):
             missing -= pairs_of(best)
             shapes.discard(shape(best))
             chosen.append(best)
-    return sorted(chosen, key=world)                                  # pools of ranks are started in turn
-
-
-LAYOUTS = layouts() if multiprocessing.parent_process() is None else []   # ranks import this file too
-_meshes = {}
+    return chosen
 
 
 def name(o):
     shown = [f"{k}{o[k]}" for k in ("tp", "pp", "dp", "ep") if o[k] > 1]
     shown += [k for k in ("sp", "zero1", "recompute", "tied", "dropout") if o[k]]
     return "-".join([*shown, *(str(o[k]).replace("_", " ") for k in ("schedule", "experts", "style") if o[k]), str(o["micro_batches"])])
+
+
+LAYOUTS = []
+if multiprocessing.parent_process() is None:                          # ranks import this file too
+    LAYOUTS = sorted({name(o): o for o in layouts(8) + layouts(4, seed=1)}.values(), key=world)   # a pool of ranks after the other
+_meshes = {}
 
 
 def _equal(rank, o):
