@@ -67,7 +67,7 @@ def shape(o):
     return o["tp"], o["pp"], o["dp"], o["ep"]
 
 
-def layouts(most, seed=0, drawn=500, tries=25):
+def layouts(most, seed=0, drawn=800, tries=40):
     """Of `drawn` random legal layouts on up to `most` ranks enough to hold every pair of values and every shape (tp, pp, dp, ep) that
     any of them has: greedily, each the one of `tries` that holds most of what is missing."""
     rng, draws, chosen = random.Random(seed), [], []
@@ -93,7 +93,7 @@ def name(o):
 
 LAYOUTS = []
 if multiprocessing.parent_process() is None:                          # ranks import this file too
-    LAYOUTS = sorted({name(o): o for o in layouts(8) + layouts(4, seed=1)}.values(), key=world)   # a pool of ranks after the other
+    LAYOUTS = sorted({name(o): o for o in layouts(8) + layouts(4, seed=1)[:18]}.values(), key=world)   # a pool of ranks after the other
 _meshes = {}
 
 
