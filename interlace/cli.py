@@ -32,8 +32,8 @@ key=value sets a key of the config, on top of --config:
 Every key with its default is in the config.yaml that a run writes to its --out folder.
 """
 FLAGS = ("--config", "--nproc", "--out", "--data", "--steps", "--prompt", "--tokens", "--temperature", "--top-k",
-         "--seed", "--quick", "--device", "--against", "--threshold", "--explain", "--roofs", "--list", "--static", "--accept", "--json",
-         "--profile")
+         "--seed", "--quick", "--device", "--against", "--threshold", "--explain", "--schedule", "--roofs", "--list", "--static", "--accept",
+         "--json", "--profile")
 RESUME = "run the same command again to resume"
 
 
@@ -67,8 +67,11 @@ def _parser() -> argparse.ArgumentParser:
   interlace verify tp=2 sp=true
   interlace verify --config gpt.yaml tp=4 --steps 3""")
     verify.add_argument("--steps", metavar="N", type=int, default=5, help="optimizer steps to compare" + d)
-    command("explain", "print ranks, groups, bytes on each axis per step and memory per rank; starts nothing", """\
-  interlace explain tp=2 sp=true --nproc 8""")
+    explain = command("explain", "print ranks, groups, bytes on each axis per step and memory per rank; starts nothing", """\
+  interlace explain tp=2 sp=true --nproc 8
+  interlace explain pp=4 --schedule pipeline.png""")
+    explain.add_argument("--schedule", metavar="PNG", nargs="?", const="", help="the timeline of the pipeline instead: text with the "
+                         "share in which ranks wait, and a picture where a path is given")
     generate = command("generate", "sample text from a trained run", """\
   interlace generate --out runs/a --prompt 'def '""", config=False)
     generate.add_argument("--out", metavar="DIR", default="runs/default", help="the folder of the run" + d)
@@ -212,7 +215,13 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    if args.schedule is not None and _is_override(args.schedule):     # --schedule pp=2: a key of the config, not a picture
+        args.overrides, args.schedule = [*args.overrides, args.schedule], ""
     config, world = _config(args)
+    if args.schedule is not None:
+        from .models.schedule import show
+        print(show(config, world, args.schedule))
+        return 0
     from .models.explain import explain
     print(explain(config, world))
     return 0

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..parallel.layout import SCHEDULES, stages_of_rank
-from .config import ModelConfig
+from ..parallel.errors import UserError
+from ..parallel.layout import SCHEDULES, Layout, stages_of_rank
+from .config import Config, ModelConfig
 
 LENGTH = {"F": 1, "B": 2, "I": 1, "W": 1}
 WORDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
@@ -78,6 +79,38 @@ def _orders(m: ModelConfig, microbatches: int) -> list[list[tuple[str, int, int]
     return orders
 
 
+def in_flight(m: ModelConfig, microbatches: int, rank: int) -> list[dict[int, int]]:
+    """{stage: micro-batches whose forward has run and whose backward has not} of a pp rank, each time a backward is about to begin.
+    Without torch: tests/test_schedule.py holds it against `timeline`.
+
+    1F1B keeps min(n, p - r), GPipe n. Interleaved: a rank runs (v - 1) * round + 2 (p - 1 - r) forwards before its first pair (zero
+    bubble: p - 1 - r of them), in rounds of about p micro-batches a chunk. ZBV: on the way out 2 p - 1 - r, on the way back r + 1."""
+    n, pp, v = microbatches, m.pipeline_model_parallel_size, m.chunks
+    how, mine = SCHEDULES[m.schedule], stages_of_rank(m, rank)
+    if not how.chunked:
+        return [{rank: n if m.schedule == "gpipe" else min(n, pp - rank)}]
+    if how.v_shaped:
+        return [{mine[0]: min(n, 2 * pp - 1 - rank), mine[1]: min(n, rank + 1)}]
+    size = n // max(1, n // pp)                                       # micro-batches of a round
+    first = min(n * v, (v - 1) * size + (1 if how.split_backward else 2) * (pp - 1 - rank) + 1)
+    order = [mine[k // size % v] for k in range(n * v)]               # of forwards; backwards: the chunks from the last
+    live = dict.fromkeys(mine, 0)
+    seen = []
+    for k in range(n * v):
+        for i in order[(0 if k == 0 else first + k - 1):first + k]:
+            live[i] += 1
+        seen.append(dict(live))
+        live[mine[v - 1 - k // size % v]] -= 1
+    return seen
+
+
+def deferred_at_once(m: ModelConfig, microbatches: int, rank: int) -> int:
+    """The most backwards of a pp rank that have done I and not W: 0 where the schedule does not split them."""
+    if not SCHEDULES[m.schedule].split_backward:
+        return 0
+    return min(2 * rank + 1, microbatches) if SCHEDULES[m.schedule].v_shaped else min(rank + 1, microbatches * m.chunks)
+
+
 def bubble(rows: list[list[Slot]]) -> float:
     """The share of the ranks' time in which they wait."""
     end = max(row[-1].stop for row in rows)
@@ -89,7 +122,7 @@ def text(m: ModelConfig, microbatches: int, width: int = 160) -> str:
     rows = timeline(m, microbatches)
     end = max(row[-1].stop for row in rows)
     cell = max(2, len(str(microbatches - 1)) + 1)
-    shown = min(end, (width - 10) // cell)
+    shown = end if 10 + end * cell <= width else (width - 14) // cell
     lines = [f"schedule: {m.schedule}, {len(rows)} ranks x {m.chunks} stages, {microbatches} micro-batches, bubble {bubble(rows):.1%}",
              "          (a forward takes 1, the input's and the weights' gradients 1 each; upper case letter: kind, number: micro-batch)"]
     for rank, row in enumerate(rows):
@@ -100,6 +133,25 @@ def text(m: ModelConfig, microbatches: int, width: int = 160) -> str:
                 cells[k] = "-" * cell
         lines.append(f"  rank {rank:<3}" + "".join(cells[:shown]) + ("" if shown == end else " ..."))
     return "\n".join(lines)
+
+
+def show(config: Config, world: int, png: str = "") -> str:
+    """The text of `interlace explain --schedule`; draws `png` where it names a file. Raises: UserError without a pipeline, and where
+    the picture cannot be drawn."""
+    layout, m = Layout.from_config(config, world), config.model
+    if layout.pp == 1:
+        raise UserError("--schedule needs pipeline_model_parallel_size > 1 (without stages nothing is scheduled), got 1; add pp=2")
+    n = m.global_batch_size // (m.micro_batch_size * layout.dp)
+    said = text(m, n)
+    if not png:
+        return said
+    try:
+        draw(m, n, Path(png))
+    except OSError as e:
+        raise UserError(f"--schedule must be a file that can be written, got {png}: {e.strerror or e}; choose another") from None
+    except ValueError as e:                                           # matplotlib knows the format by the name's end
+        raise UserError(f"--schedule must name a picture such as pipeline.png, got {png}: {str(e).splitlines()[0]}") from None
+    return f"{said}\nwritten to {png}"
 
 
 def draw(m: ModelConfig, microbatches: int, path: Path) -> None:

@@ -1,6 +1,10 @@
 """Every number that `explain` prints against a real run: a model's tensors, a step's collectives, autograd's memory."""
 import dataclasses
+import functools
 import itertools
+import math
+import sys
+import threading
 from collections import Counter
 from typing import ClassVar
 
@@ -9,14 +13,30 @@ import torch
 from ranks import run
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import interlace.parallel.data_parallel as data_parallel_module
 from interlace.kernels.comm import heap_of
 from interlace.models.config import Config, ModelConfig, OptimConfig, TrainerConfig
-from interlace.models.explain import HEAP, activations, dp_traffic, explain, human, memory, parameters, tp_traffic
+from interlace.models.explain import (
+    HEAP,
+    activations,
+    deferred,
+    dp_traffic,
+    explain,
+    human,
+    memory,
+    parameters,
+    remote_rows,
+    stages,
+    tp_traffic,
+    traffic,
+)
 from interlace.models.gpt import GPT
 from interlace.models.optimizer import Optimizer
-from interlace.models.train import DTYPES, forward_backward
+from interlace.models.train import DTYPES, Run, forward_backward
 from interlace.models.verify import RandomTokens
+from interlace.parallel import expert_parallel
 from interlace.parallel.data_parallel import DistributedDataParallel
+from interlace.parallel.deferred import Deferred
 from interlace.parallel.errors import UserError
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Axis, Mesh
@@ -67,32 +87,84 @@ def test_parameters_of_every_combination(tp):
         for mesh in meshes:                                           # shapes alone: no group is needed
             model = GPT(cfg.model, mesh, vocab_size=cfg.model.vocab_size)
             count = sum(p.numel() for p in model.parameters())
-            assert count == parameters(cfg.model, cfg.model.vocab_size, tp), options
+            assert count == parameters(cfg.model, cfg.model.vocab_size, Layout(tp, tp=tp)), options
 
 
 # ---- bytes on the wire ----------------------------------------------------------------------------------------
 
 
 class Counted(TorchDispatchMode):
-    """Counts the communication ops of this rank, by what they send."""
+    """What this rank sends in a block: {(axis, op): calls} and bytes, of the communication ops, of the collectives that the thread of
+    DistributedDataParallel runs (a mode sees its own thread alone), of point-to-point messages, and of rows of tokens."""
 
     KINDS: ClassVar = {"all_reduce": "all-reduce", "gemm_ar": "all-reduce", "all_gather": "all-gather", "ag_gemm": "all-gather",
                        "reduce_scatter": "reduce-scatter", "gemm_rs": "reduce-scatter", "rs_residual_norm": "reduce-scatter"}
 
-    def __init__(self, t):
+    def __init__(self, mesh):
         super().__init__()
-        self.t, self.calls, self.bytes = t, Counter(), Counter()
+        self.calls, self.bytes, self.undo = Counter(), Counter(), []
+        self.axis = {a.group.group_name: a for a in (mesh.tp, mesh.dp, mesh.pp, mesh.ep, mesh.edp, mesh.embd) if a.group is not None}
+
+    def by_op(self):
+        return [Counter({op: n for (_, op), n in seen.items()}) for seen in (self.calls, self.bytes)]
+
+    def __enter__(self):
+        comm, dist = sys.modules["interlace.kernels.comm.dispatch"], torch.distributed
+        for module, name, mine in ((comm, "_dispatch", self.dispatch), (comm, "_combine", self.combine), (dist, "batch_isend_irecv", self.send),
+                                   (data_parallel_module, "all_reduce", functools.partial(self.threaded, "all-reduce")),
+                                   (data_parallel_module, "reduce_scatter", functools.partial(self.threaded, "reduce-scatter"))):
+            plain = getattr(module, name)
+            setattr(module, name, functools.partial(mine, plain))
+            self.undo.append((module, name, plain))
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        for module, name, plain in self.undo:
+            setattr(module, name, plain)
+        return super().__exit__(*args)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._opname
         if func.namespace == "interlace" and name in self.KINDS and args[-1]:       # args[-1]: the group's name, "" for one rank
-            op, x = self.KINDS[name], args[0]
-            n = x.numel() * (self.t if op == "all-gather" else 1)
+            x = args[0]
+            n = x.numel() * x.element_size()
             if name in ("gemm_ar", "gemm_rs"):                                      # of the product
                 n = n // x.shape[-1] * args[1].shape[0]
-            self.calls[op] += 1
-            self.bytes[op] += (self.t - 1) / self.t * n * x.element_size() * (2 if op == "all-reduce" else 1)
+            self.collective(self.KINDS[name], n, self.axis[args[-1]])
         return func(*args, **(kwargs or {}))
+
+    def collective(self, op, n, axis):
+        n *= axis.size if op == "all-gather" else 1
+        self.add((axis.name, op), (axis.size - 1) / axis.size * n * (2 if op == "all-reduce" else 1))
+
+    def threaded(self, op, plain, x, group, **kwargs):
+        if threading.current_thread() is not threading.main_thread():
+            self.collective(op, x.numel() * x.element_size(), self.axis[group.group_name])
+        return plain(x, group, **kwargs)
+
+    def add(self, key, n):
+        self.calls[key] += 1
+        self.bytes[key] += n
+
+    def send(self, plain, ops):
+        for op in (op for op in ops if op.op is torch.distributed.isend):
+            self.add(("pp", "send"), op.tensor.numel() * op.tensor.element_size())
+        return plain(ops)
+
+    def away(self, plan):
+        """[ranks, tokens]: whether a token has a row on a rank; and this rank."""
+        per, rank = plan.experts // plan.size, torch.distributed.get_rank(plan.group)
+        return torch.stack([((plan.ids >= 0) & (plan.ids // per == r)).any(1) for r in range(plan.size)]).view(plan.size, plan.size, -1), rank
+
+    def dispatch(self, plain, x, plan):
+        on, me = self.away(plan)                                      # [holds, of, token]
+        self.add(("ep", "dispatch"), (on[:, me].sum() - on[me, me].sum()).item() * x.shape[1] * x.element_size())
+        return plain(x, plan)
+
+    def combine(self, plain, y, plan, residual=None):
+        on, me = self.away(plan)
+        self.add(("ep", "combine"), (on[me].sum() - on[me, me].sum()).item() * y.shape[1] * max(4, y.element_size()))
+        return plain(y, plan, residual)
 
 
 def _traffic(rank, cfg):
@@ -100,15 +172,14 @@ def _traffic(rank, cfg):
     model, layout, mesh = build(cfg)
     optimizer = Optimizer(DistributedDataParallel(model, mesh), cfg.optim)
     model.train()
-    with Counted(layout.tp) as seen:
+    with Counted(mesh) as seen:
         forward_backward(optimizer.ddp, RandomTokens(m.vocab_size, m.seq_length, 0), 0, m)
         optimizer.step(1e-3)
     calls, sizes = Counter(), Counter()
     for row in tp_traffic(cfg, layout):
         calls[row.op] += row.calls
         sizes[row.op] += row.bytes
-    assert seen.calls == calls
-    assert seen.bytes == pytest.approx(dict(sizes), rel=1e-12)
+    assert seen.by_op() == [calls, pytest.approx(dict(sizes), rel=1e-12)]
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
@@ -141,14 +212,14 @@ def build_data_parallel(cfg, dp):
 def _dp(rank, dp, precision, zero1, bucket):
     cfg = data_parallel({}, precision, zero1, bucket)
     m, optimizer = cfg.model, build_data_parallel(cfg, dp)
-    with Counted(dp) as seen:
+    with Counted(optimizer.ddp.mesh) as seen:
         forward_backward(optimizer.ddp, RandomTokens(m.vocab_size, m.seq_length, 0), 0, m)
         optimizer.step(1e-3)
     calls, sizes = Counter(), Counter()
     for row in dp_traffic(cfg, Layout(dp), m.vocab_size):
         calls[row.op] += row.calls
         sizes[row.op] += row.bytes
-    assert seen.calls == calls and seen.bytes == pytest.approx(dict(sizes), rel=1e-12)
+    assert seen.by_op() == [calls, pytest.approx(dict(sizes), rel=1e-12)]
     need, own = memory(cfg, Layout(dp), m.vocab_size), [t for own in optimizer.own.values() for t in own.values()]
     assert nbytes(list(optimizer.ddp.parameters())) == need["weights"]
     assert nbytes([f.grads for f in optimizer.ddp.grad_buffers]) == need["gradients"]
@@ -204,7 +275,7 @@ def _activations(rank, cfg):
     assert loss.isfinite()
     logits = memory(cfg, layout, m.vocab_size)["logits and their gradient"] // 2
     item = loss.new_empty(0, dtype=DTYPES[cfg.trainer.precision]).element_size()
-    got, said = nbytes(saved.tensors) - logits, activations(m, layout, item)
+    got, said = nbytes(saved.tensors) - logits, sum(activations(m, layout, item))
     assert abs(said / got - 1) < 0.02, f"explain says {said}, autograd keeps {got}: {said / got:.3f}"
 
 
@@ -250,6 +321,129 @@ def test_weights_gradients_optimizer(name, tp, precision):
     run(tp, _state, config(MODELS[name], tp, tp > 1, False, precision))
 
 
+# ---- stages and experts -----------------------------------------------------------------------------------------
+
+MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48, "seq_length": 24}
+SHARED = {**MOE, "moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True}
+CAPACITY = {**MOE, "moe_expert_capacity_factor": 4.0, "moe_z_loss_coeff": 1e-3}
+TIED = {"share_embeddings_and_output_weights": True}
+QUIET = {**MOE, "moe_router_load_balancing_type": "none"}
+
+
+def mixed(options, tp=1, pp=1, ep=1, dp=1, sp=False, recompute=False, precision="fp32", zero1=False, schedule=None, micro=2):
+    m = {**BASE, **options, "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "expert_model_parallel_size": ep,
+         "sequence_parallel": sp, "recompute_granularity": "full" if recompute else None, "pipeline_parallel_schedule": schedule,
+         "virtual_pipeline_model_parallel_size": 2 if schedule not in (None, "gpipe", "1f1b") else None,
+         "num_layers": 5 if pp > 1 else 3, "global_batch_size": 2 * micro * dp, "moe_router_force_load_balancing": "num_moe_experts" in options}
+    return Config(model=ModelConfig(**m), optim=OptimConfig(clip_grad=0.1, use_distributed_optimizer=zero1),
+                  trainer=TrainerConfig(precision=precision)), Layout(tp * pp * dp, tp=tp, pp=pp, ep=ep, vpp=m[
+                      "virtual_pipeline_model_parallel_size"], sp=sp)
+
+
+def every_choice(tokens, topk, experts, device=None):
+    """Every choice of topk experts equally often: what balanced routing means in `remote_rows`."""
+    choices = list(itertools.combinations(range(experts), topk))
+    assert tokens % len(choices) == 0
+    return torch.tensor(choices, dtype=torch.int32).repeat(tokens // len(choices), 1)
+
+
+def _all_axes(rank, cfg, layout):
+    m = cfg.model
+    assert Layout.from_config(cfg, layout.world) == layout
+    mesh = _meshes[layout] = _meshes.get(layout) or Mesh.build(layout)
+    expert_parallel.forced_balance = every_choice
+    model = GPT(m, mesh, vocab_size=m.vocab_size, dtype=DTYPES[cfg.trainer.precision])
+    optimizer = Optimizer(DistributedDataParallel(model, mesh, use_distributed_optimizer=cfg.optim.use_distributed_optimizer), cfg.optim)
+    run_ = Run.__new__(Run)                                           # what train_step does, without data and files
+    run_.config, run_.mesh, run_.ddp = cfg, mesh, optimizer.ddp
+    model.train()
+    with Counted(mesh) as seen:
+        forward_backward(optimizer.ddp, RandomTokens(m.vocab_size, m.seq_length, 0), 0, m)
+        optimizer.step(1e-3)
+        run_.seen = expert_parallel.take_statistics(model, mesh)
+        run_.balance()
+    calls, sizes = Counter(), Counter()
+    for axis, rows in traffic(cfg, layout, m.vocab_size, mesh.pp.rank).items():
+        for row in rows:
+            calls[axis, row.op] += row.calls
+            sizes[axis, row.op] += row.bytes
+    assert seen.calls == calls
+    assert seen.bytes == pytest.approx(dict(sizes), rel=1e-12)
+    need, own = memory(cfg, layout, m.vocab_size, mesh.pp.rank), [t for kind in optimizer.own.values() for t in kind.values()]
+    assert sum(p.numel() for p in model.parameters()) == parameters(m, m.vocab_size, layout, mesh.pp.rank)
+    assert nbytes(list(model.parameters())) == need["weights"]
+    assert nbytes([f.grads for f in optimizer.ddp.grad_buffers]) == need["gradients"]
+    assert nbytes(own) == need["optimizer"]
+    groups = {axis for axis, op in seen.calls}
+    assert 2 * heap_of(mesh.pp.group or mesh.dp.group or mesh.tp.group).nbytes * len(groups) == need["shared memory for collectives (CPU)"]
+
+
+@pytest.mark.parametrize("options, kwargs", [
+    ({**GPT2}, {"tp": 2, "pp": 2, "sp": True}), ({**TIED, "num_query_groups": 1}, {"pp": 2, "dp": 2, "zero1": True, "schedule": "gpipe"}),
+    ({"add_bias_linear": True}, {"pp": 2, "schedule": "interleaved_1f1b", "precision": "bf16"}),
+    (TIED, {"pp": 2, "schedule": "zbv_zero_bubble", "recompute": True, "micro": 4}),
+    ({}, {"pp": 2, "tp": 2, "sp": True, "schedule": "interleaved_zero_bubble"}),
+    ({"hidden_dropout": 0.1}, {"pp": 2, "tp": 2, "sp": True, "schedule": "zbv_zero_bubble"}), ({}, {"pp": 3, "micro": 3}),
+    (SHARED, {"tp": 2, "ep": 2, "recompute": True}), (MOE, {"tp": 2, "ep": 2, "recompute": True}),
+    (CAPACITY, {"tp": 2, "dp": 2, "ep": 4, "sp": True}), (QUIET, {"dp": 2, "ep": 2, "recompute": True, "precision": "bf16"}),
+    ({**SHARED, "moe_layer_freq": 2}, {"tp": 2, "dp": 2, "ep": 2, "sp": True, "zero1": True, "recompute": True}),
+    ({**MOE, **GPT2, "moe_layer_freq": 2}, {"dp": 2, "zero1": True, "precision": "bf16"}),
+    ({**SHARED, "moe_layer_freq": (1, 1, 0, 1, 0)}, {"tp": 2, "pp": 2, "ep": 2, "sp": True, "schedule": "interleaved_zero_bubble"}),
+], ids=str)
+def test_every_axis(options, kwargs):
+    cfg, layout = mixed(options, **kwargs)
+    run(layout.world, _all_axes, cfg, layout)
+
+
+def test_remote_rows_are_the_mean_over_all_choices():
+    for E, K, ep in itertools.product((4, 6, 8), (1, 2, 4), (1, 2)):
+        m = ModelConfig(**{**BASE, "num_moe_experts": E, "moe_router_topk": K})
+        owners = [len({e // (E // ep) for e in c} - {0}) for c in itertools.combinations(range(E), K)]
+        assert sum(owners) / math.comb(E, K) == pytest.approx(remote_rows(m, ep)), (E, K, ep)
+
+
+def _stage_activations(rank, cfg, layout):
+    m, item = cfg.model, torch.empty(0, dtype=DTYPES[cfg.trainer.precision]).element_size()
+    flat = dataclasses.replace(layout, world=layout.world // layout.pp, pp=1, vpp=None)
+    base = _meshes[flat] = _meshes.get(flat) or Mesh.build(flat)
+    expert_parallel.forced_balance = every_choice
+    ids, labels = (x.contiguous() for x in RandomTokens(m.vocab_size, m.seq_length, 0).batch(0, m.micro_batch_size))
+    for r in range(layout.pp):                                        # stages one after the other: their messages are not needed
+        mesh = dataclasses.replace(base, pp=Axis("pp", layout.pp, r, tuple(range(layout.pp))))
+        model = GPT(m, mesh, vocab_size=m.vocab_size, dtype=DTYPES[cfg.trainer.precision]).train()
+        for i, stage in model.stages().items():
+            held = stages(m, layout, r)[i]
+            x = ids if held.first else torch.randn(m.seq_length // (layout.tp if layout.sp else 1), m.micro_batch_size, m.hidden_size,
+                                                   dtype=DTYPES[cfg.trainer.precision], requires_grad=True)
+            saved, later = Saved(model), Deferred() if "zero" in (m.pipeline_parallel_schedule or "") else None
+            if later is not None:
+                stage.defer(later)
+            with saved.hooks():
+                out = stage(x, labels=labels, first_sample=torch.tensor(0))
+            kept, extra = activations(m, layout, item, held)
+            logits = m.seq_length * m.micro_batch_size * 48 // layout.tp * item if held.last else 0
+            got = nbytes(saved.tensors) - logits
+            assert abs(kept / got - 1) < 0.02, f"stage {i}: explain says {kept}, autograd keeps {got}: {kept / got:.3f}"
+            assert extra == 0 or m.recompute_granularity == "full"
+            if later is not None:
+                out.sum().backward()
+                cells = [c.cell_contents for f in later.waiting for c in f.__closure__]
+                assert sum(t.numel() * t.element_size() for t in cells if type(t) is torch.Tensor) == deferred(m, layout, item, held) + logits
+
+
+@pytest.mark.parametrize("options, kwargs", [
+    ({}, {"pp": 2}), (GPT2, {"pp": 3, "micro": 3, "recompute": True}), ({"num_query_groups": 2}, {"pp": 2, "schedule": "zbv_zero_bubble"}),
+    (GPT2, {"pp": 2, "tp": 2, "sp": True, "schedule": "interleaved_zero_bubble"}),
+    ({}, {"pp": 2, "tp": 2, "sp": True, "schedule": "zbv_zero_bubble"}),
+    (MOE, {}), (SHARED, {"tp": 2}), (SHARED, {"tp": 2, "sp": True}), ({**MOE, **GPT2}, {"precision": "bf16"}),
+    (CAPACITY, {"dp": 2, "ep": 2}), (SHARED, {"tp": 2, "ep": 2, "precision": "bf16"}), (MOE, {"tp": 2, "ep": 2}),
+    ({**SHARED, "moe_layer_freq": 2}, {"pp": 2, "tp": 2, "ep": 2, "sp": True, "schedule": "interleaved_zero_bubble"}),
+], ids=str)
+def test_activations_of_stages_and_experts(options, kwargs):
+    cfg, layout = mixed(options, **kwargs)
+    run(layout.world // layout.pp, _stage_activations, cfg, layout)
+
+
 # ---- the text -------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +453,7 @@ def test_text():
     assert lines[:4] == [
         "model     3 layers, hidden 64, ffn 96, 4 heads of 16 (2 key / value), vocabulary 45 (padded to 48)",
         f"          {parameters(config({'num_query_groups': 2}).model, 45):,} parameters in fp32, "
-        f"{parameters(config({'num_query_groups': 2}).model, 45, 2):,} on each rank",
+        f"{parameters(config({'num_query_groups': 2}).model, 45, Layout(2, tp=2)):,} on each rank",
         "layout    2 ranks = tp 2 x dp 1 x pp 1, sequence parallel on",
         "step      4 samples of 32 tokens = 128 tokens, in 2 micro-batches of 2"]
     assert "    rank     tp   dp   pp   ep  edp" in lines and "    1         1    0    0    0    1" in lines
