@@ -119,3 +119,22 @@ def command(wanted):
     _meet()
     found = provenance()["command"]
     assert found == wanted, found
+
+
+def pipeline_dies(folder, rank):
+    """A pipeline of two stages of which one is killed in its forward of the second step."""
+    from test_pipeline_parallel import B, D, S, Toy, batches
+
+    from interlace.parallel.mesh import Axis
+    from interlace.parallel.pipeline_parallel import Pipeline
+    me = dist.get_rank()
+    stage, steps = Toy(me, me == 1, torch.float64), []
+    pipeline = Pipeline({me: stage}, Axis("pp", 2, me, (0, 1), dist.group.WORLD), num_stages=2, schedule="1f1b", microbatches=2,
+                        ids_shape=(B, S), shape=(S, B, D), dtype=torch.float64, loss_dtype=torch.float64, device=torch.device("cpu"))
+    stage.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL) if me == rank and steps else None)
+    _meet()
+    Path(folder, f"{me}.pid").write_text(str(os.getpid()))
+    while True:
+        pipeline.step(*batches(2), torch.arange(2) * B)
+        steps.append(1)
+        time.sleep(0.5)

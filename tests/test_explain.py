@@ -1,6 +1,5 @@
 """Every number that `explain` prints against a real run: a model's tensors, a step's collectives, autograd's memory."""
 import dataclasses
-import functools
 import itertools
 import math
 import sys
@@ -11,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from ranks import run
+from torch.distributed.pipelining import PipelineStage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import interlace.parallel.data_parallel as data_parallel_module
@@ -93,6 +93,10 @@ def test_parameters_of_every_combination(tp):
 # ---- bytes on the wire ----------------------------------------------------------------------------------------
 
 
+def wrapped(mine, plain):
+    return lambda *args, **kwargs: mine(plain, *args, **kwargs)
+
+
 class Counted(TorchDispatchMode):
     """What this rank sends in a block: {(axis, op): calls} and bytes, of the communication ops, of the collectives that the thread of
     DistributedDataParallel runs (a mode sees its own thread alone), of point-to-point messages, and of rows of tokens."""
@@ -109,12 +113,12 @@ class Counted(TorchDispatchMode):
         return [Counter({op: n for (_, op), n in seen.items()}) for seen in (self.calls, self.bytes)]
 
     def __enter__(self):
-        comm, dist = sys.modules["interlace.kernels.comm.dispatch"], torch.distributed
-        for module, name, mine in ((comm, "_dispatch", self.dispatch), (comm, "_combine", self.combine), (dist, "batch_isend_irecv", self.send),
-                                   (data_parallel_module, "all_reduce", functools.partial(self.threaded, "all-reduce")),
-                                   (data_parallel_module, "reduce_scatter", functools.partial(self.threaded, "reduce-scatter"))):
+        comm, data = sys.modules["interlace.kernels.comm.dispatch"], data_parallel_module
+        for module, name, mine in ((comm, "_dispatch", self.dispatch), (comm, "_combine", self.combine),
+                                   (PipelineStage, "get_fwd_send_ops", self.send), (PipelineStage, "get_bwd_send_ops", self.send),
+                                   (data, "all_reduce", self.threaded), (data, "reduce_scatter", self.threaded)):
             plain = getattr(module, name)
-            setattr(module, name, functools.partial(mine, plain))
+            setattr(module, name, wrapped(mine, plain))
             self.undo.append((module, name, plain))
         return super().__enter__()
 
@@ -137,24 +141,26 @@ class Counted(TorchDispatchMode):
         n *= axis.size if op == "all-gather" else 1
         self.add((axis.name, op), (axis.size - 1) / axis.size * n * (2 if op == "all-reduce" else 1))
 
-    def threaded(self, op, plain, x, group, **kwargs):
+    def threaded(self, plain, x, group, **kwargs):
         if threading.current_thread() is not threading.main_thread():
-            self.collective(op, x.numel() * x.element_size(), self.axis[group.group_name])
+            self.collective(self.KINDS[plain.__name__], x.numel() * x.element_size(), self.axis[group.group_name])
         return plain(x, group, **kwargs)
 
     def add(self, key, n):
         self.calls[key] += 1
         self.bytes[key] += n
 
-    def send(self, plain, ops):
-        for op in (op for op in ops if op.op is torch.distributed.isend):
+    def send(self, plain, stage, microbatch):
+        ops = plain(stage, microbatch)
+        for op in ops:
             self.add(("pp", "send"), op.tensor.numel() * op.tensor.element_size())
-        return plain(ops)
+        return ops
 
     def away(self, plan):
         """[ranks, tokens]: whether a token has a row on a rank; and this rank."""
         per, rank = plan.experts // plan.size, torch.distributed.get_rank(plan.group)
-        return torch.stack([((plan.ids >= 0) & (plan.ids // per == r)).any(1) for r in range(plan.size)]).view(plan.size, plan.size, -1), rank
+        on = torch.stack([((plan.ids >= 0) & (plan.ids // per == r)).any(1) for r in range(plan.size)])
+        return on.view(plan.size, plan.size, -1), rank
 
     def dispatch(self, plain, x, plan):
         on, me = self.away(plan)                                      # [holds, of, token]
@@ -367,8 +373,9 @@ def _all_axes(rank, cfg, layout):
         for row in rows:
             calls[axis, row.op] += row.calls
             sizes[axis, row.op] += row.bytes
-    assert seen.calls == calls
-    assert seen.bytes == pytest.approx(dict(sizes), rel=1e-12)
+    off = {key: (seen.calls[key], calls[key], seen.bytes[key], sizes[key]) for key in {**seen.calls, **calls}
+           if seen.calls[key] != calls[key] or seen.bytes[key] != pytest.approx(sizes[key], rel=1e-12)}
+    assert not off, f"(axis, op): calls, calls that explain says, bytes, bytes that it says: {off}"
     need, own = memory(cfg, layout, m.vocab_size, mesh.pp.rank), [t for kind in optimizer.own.values() for t in kind.values()]
     assert sum(p.numel() for p in model.parameters()) == parameters(m, m.vocab_size, layout, mesh.pp.rank)
     assert nbytes(list(model.parameters())) == need["weights"]
