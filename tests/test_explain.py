@@ -393,7 +393,7 @@ def _all_axes(rank, cfg, layout):
     ({"hidden_dropout": 0.1}, {"pp": 2, "tp": 2, "sp": True, "schedule": "zbv_zero_bubble"}), ({}, {"pp": 3, "micro": 3}),
     (SHARED, {"tp": 2, "ep": 2, "recompute": True}), (MOE, {"tp": 2, "ep": 2, "recompute": True}),
     (CAPACITY, {"tp": 2, "dp": 2, "ep": 4, "sp": True}), (QUIET, {"dp": 2, "ep": 2, "recompute": True, "precision": "bf16"}),
-    ({**SHARED, "moe_layer_freq": 2}, {"tp": 2, "dp": 2, "ep": 2, "sp": True, "zero1": True, "recompute": True}),
+    ({**SHARED, "moe_layer_freq": 2}, {"tp": 2, "dp": 2, "ep": 2, "sp": True, "recompute": True}),
     ({**MOE, **GPT2, "moe_layer_freq": 2}, {"dp": 2, "zero1": True, "precision": "bf16"}),
     ({**SHARED, "moe_layer_freq": (1, 1, 0, 1, 0)}, {"tp": 2, "pp": 2, "ep": 2, "sp": True, "schedule": "interleaved_zero_bubble"}),
 ], ids=str)

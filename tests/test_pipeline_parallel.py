@@ -35,7 +35,7 @@ class Toy(nn.Module):
         return h + linear(copy_gemm, a, self.w2, None, self.deferred)
 
     def forward(self, x, *, labels, first_sample):
-        h = self.table[x.t()] if self.index == 0 else x
+        h = self.table[x.t()].contiguous() if self.index == 0 else x         # messages must be contiguous
         h = checkpoint(self.block, h, use_reentrant=False) if self.recompute else self.block(h)
         if not self.last:
             return h
