@@ -31,10 +31,9 @@ key=value sets a key of the config, on top of --config:
   pp=2, vpp=2, ep=2   model.pipeline_, virtual_pipeline_, expert_model_parallel_size
 Every key with its default is in the config.yaml that a run writes to its --out folder.
 """
-FLAGS = ("--config", "--nproc", "--out", "--data", "--steps", "--prompt", "--tokens", "--temperature", "--top-k",
-         "--seed", "--quick", "--device", "--against", "--threshold", "--explain", "--schedule", "--roofs", "--list", "--static", "--accept",
+FLAGS = ("--config", "--nproc", "--out", "--data", "--steps", "--prompt", "--tokens", "--temperature", "--top-k", "--schedule",
+         "--seed", "--quick", "--device", "--against", "--threshold", "--explain", "--roofs", "--list", "--static", "--accept",
          "--json", "--profile")
-RESUME = "run the same command again to resume"
 
 
 def _parser() -> argparse.ArgumentParser:

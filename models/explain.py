@@ -228,7 +228,8 @@ def pp_traffic(config: Config, layout: Layout, rank: int = 0) -> list[Traffic]:
         return []
     micro, wide, row = _microbatches(config, layout), max(4, ITEMSIZE[config.trainer.precision]), _rows(layout.pp)
     size = _message(config, layout)
-    ahead, back = sum(not s.last and i + 1 not in held for i, s in held.items()), sum(not s.first and i - 1 not in held for i, s in held.items())
+    ahead = sum(not s.last and i + 1 not in held for i, s in held.items())
+    back = sum(not s.first and i - 1 not in held for i, s in held.items())
     rows = [Traffic("outputs to the next stage", "send", ahead * micro, ahead * micro * size),
             Traffic("gradients to the stage before", "send", back * micro, back * micro * size),
             row("loss", "all-reduce", 1, wide), row("gradient norm", "all-reduce", 1, 8)]
@@ -437,7 +438,8 @@ def explain(config: Config, world: int, vocab_size: int | None = None) -> str:
     for axis, rows in sent[worst].items():
         if not rows and axis not in ("tp", "dp"):
             continue
-        lines += ["", f"sent by each rank in a step, over {axis}: {human(sum(x.bytes for x in rows))}" + ("" if rows else _nothing(layout, axis))]
+        total = human(sum(x.bytes for x in rows))
+        lines += ["", f"sent by each rank in a step, over {axis}: {total}" + ("" if rows else _nothing(layout, axis))]
         lines += [f"    {x.cause:<40}{x.op:<16}{x.calls:>7,} x {human(x.bytes / x.calls):>10} {human(x.bytes):>12}" for x in rows]
         if axis == "ep":
             lines.append(f"    (balanced routing: a token goes to {remote_rows(m, layout.ep):.2f} other ranks in the mean)")
@@ -462,7 +464,7 @@ def _model(config: Config, layout: Layout, world: int, vocab: int) -> list[str]:
              + f", vocabulary {vocab:,}{padding}",
              f"          {parameters(m, vocab):,} parameters in {config.trainer.precision}"
              + (f", {active(m, vocab):,} of them for a token" if m.num_moe_experts else "")
-             + (f", {parameters(m, vocab, layout):,} on each rank" if alike or layout.ep > 1 and layout.pp == 1 else "")]
+             + (f", {parameters(m, vocab, layout):,} on each rank" if alike or (layout.ep > 1 and layout.pp == 1) else "")]
     if m.num_moe_experts:
         count, shared = sum(map(m.has_experts, range(m.num_layers))), m.moe_shared_expert_intermediate_size
         lines.append(f"experts   {m.num_moe_experts} in {_count(count, 'layer')}, {m.moe_router_topk} a token, ffn {m.moe_ffn_size:,}, "

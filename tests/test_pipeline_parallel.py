@@ -145,6 +145,6 @@ def test_nothing_is_deferred_without_a_gradient():
 def test_a_dead_stage_ends_the_run(tmp_path):
     proc = start(2, "pipeline_dies", folder=str(tmp_path), rank=1)
     found = pids(tmp_path, 2)
-    status, out, err = finish(proc)
+    status, _, err = finish(proc)
     assert status == 1 and err.startswith("interlace: rank 1 (pid ") and "was killed by SIGKILL" in err and "Traceback" not in err, err
     check_gone(found)

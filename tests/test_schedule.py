@@ -1,4 +1,5 @@
 """The timeline of every pipeline schedule: complete, possible, with the bubble of the books, and in the order that torch executes."""
+import itertools
 import subprocess
 import sys
 
@@ -31,7 +32,7 @@ def test_timeline(name, pp, v, n):
     rows, done = timeline(m, n), {}
     split, last = SCHEDULES[name].split_backward, pp * v - 1
     for rank, row in enumerate(rows):
-        assert all(a.stop <= b.start for a, b in zip(row, row[1:])), "a rank does two things at once"
+        assert all(a.stop <= b.start for a, b in itertools.pairwise(row)), "a rank does two things at once"
         assert all(s.stop - s.start == LENGTH[s.kind] and s.stage in stages_of_rank(m, rank) for s in row)
         for s in row:
             assert (s.kind, s.stage, s.microbatch) not in done, "twice"
@@ -156,12 +157,14 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["explain", "pp=2", "vpp=2", "--schedule"]) == 0 and "interleaved_1f1b" in capsys.readouterr().out
     assert cli.main(["explain", "--schedule", "pp=2"]) == 0 and capsys.readouterr().out.startswith("schedule: 1f1b")
     assert "needs pipeline_model_parallel_size > 1" in mistake(capsys, "explain", "--schedule")
-    assert "--schedule must be a file that can be written" in mistake(capsys, "explain", "pp=2", "--schedule", str(tmp_path / "no" / "c.png"))
+    nowhere = str(tmp_path / "no" / "c.png")
+    assert "--schedule must be a file that can be written" in mistake(capsys, "explain", "pp=2", "--schedule", nowhere)
     assert "--schedule must name a picture" in mistake(capsys, "explain", "pp=2", "--schedule", str(tmp_path / "c.xyz"))
 
 
 def test_explain_of_a_pipeline_needs_no_torch():
-    code = ("import sys\nfrom interlace.cli import main\nstatus = main(['explain', 'pp=2', 'vpp=2', 'ep=2', 'tp=2', 'model.num_moe_experts=4'])\n"
+    code = ("import sys\nfrom interlace.cli import main\n"
+            "status = main(['explain', 'pp=2', 'vpp=2', 'ep=2', 'tp=2', 'model.num_moe_experts=4'])\n"
             "assert 'torch' not in sys.modules\nsys.exit(status)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "of rank" in done.stdout, done.stderr
