@@ -1,4 +1,4 @@
-"""The command line: `interlace train | verify | explain | generate | bench | doctor`.
+"""The command line: `interlace train | verify | explain | generate | convert | bench | doctor`.
 
 Exit status: 0 fine, 1 a check or a run failed, 2 the user's mistake, 130 Ctrl-C. The parent checks config, layout and
 data paths before any rank starts, and imports no torch: `interlace --help` answers at once.
@@ -22,6 +22,7 @@ Train a GPT split over several ranks, on CPUs or GPUs. A parallelism is a number
   interlace train tp=2 sp=true                          2 ranks: tensor + sequence parallel
   interlace train --config gpt.yaml --data my_text/     your config, your text
   interlace generate --out runs/default --prompt "def " sample from what was trained
+  interlace convert --out runs/default --to-hf hf/      its newest checkpoint for Hugging Face transformers
   interlace bench --quick                               every kernel against its peers, on this machine
 """
 OVERRIDES = """\
@@ -33,7 +34,8 @@ Every key with its default is in the config.yaml that a run writes to its --out 
 """
 FLAGS = ("--config", "--nproc", "--out", "--data", "--steps", "--prompt", "--tokens", "--temperature", "--top-k", "--schedule",
          "--seed", "--quick", "--device", "--against", "--threshold", "--explain", "--roofs", "--list", "--static", "--accept",
-         "--json", "--profile")
+         "--json", "--profile", "--to-hf", "--from-hf")
+RESUME = "run the same command again to resume"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", metavar="X", type=float, default=0.8, help="0: the likeliest token" + d)
     generate.add_argument("--top-k", metavar="N", type=int, default=50, help="choose among N tokens; 0: all" + d)
     generate.add_argument("--seed", metavar="N", type=int, default=0, help="of the choices" + d)
+    convert = command("convert", "turn a checkpoint into a Hugging Face folder, or one into a run to train on", """\
+  interlace convert --out runs/a --to-hf hf/
+  interlace convert --out runs/a/checkpoints/step-00000100 --to-hf hf/
+  interlace convert --from-hf hf/ --out runs/b""", config=False)
+    convert.add_argument("--out", metavar="DIR", default="runs/default", help="the folder of the run, or of one checkpoint of it" + d)
+    way = convert.add_mutually_exclusive_group(required=True)
+    way.add_argument("--to-hf", metavar="DIR", help="write config.json and safetensors there; bit for bit")
+    way.add_argument("--from-hf", metavar="DIR", help="a folder with those: a Llama, Mixtral or GPT-2; --out becomes a run at step 0")
     _bench_flags(command("bench", "time the kernels against their peers; --static: what the compiler makes of them, without a GPU", """\
   interlace bench --quick
   interlace bench rms_norm gemm_ar --nproc 2 --explain
@@ -236,6 +246,11 @@ def _generate(args: argparse.Namespace) -> int:
         "out", "prompt", "tokens", "temperature", "top_k", "seed")})
 
 
+def _convert(args: argparse.Namespace) -> int:
+    from .rank import call
+    return call("interlace.models.hf:main", {"out": args.out, "to": args.to_hf, "source": args.from_hf})
+
+
 def _bench(args: argparse.Namespace) -> int:
     from importlib import import_module  # bench sees all, so nobody imports it by name
     if args.static:
@@ -252,4 +267,5 @@ def _doctor(args: argparse.Namespace) -> int:
     return main(as_json=args.json)
 
 
-_COMMANDS = {"train": _train, "verify": _verify, "explain": _explain, "generate": _generate, "bench": _bench, "doctor": _doctor}
+_COMMANDS = {"train": _train, "verify": _verify, "explain": _explain, "generate": _generate, "convert": _convert,
+             "bench": _bench, "doctor": _doctor}

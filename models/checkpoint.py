@@ -5,9 +5,12 @@
                                     state.json              step, samples, model config, dtype, sha256 of both files
     <out>/checkpoints/latest        the newest complete one
 
-Under pp > 1 every stage has a file of each kind: model-00001-of-00002.safetensors, ... Written by the first rank of each stage to a
-temporary folder, fsynced, renamed by rank 0; `latest` moves last. Every rank reads only its own slices. Any layout loads any
-other's. That first rank holds its stage on the host; the others, under ZeRO-1, one bucket at a time.
+Under pp > 1 every stage has a file of each kind: model-00001-of-00002.safetensors, ... Every rank reads only its own slices, and any
+layout loads any other's.
+Saving (`Saver`): the first rank of each stage takes its stage to the host; from there a thread writes it to a temporary folder, hashes
+and fsyncs, while training goes on. The thread knows no group: once a step the main threads of those ranks sum two numbers over pp (who
+still writes, who failed), and when all are done stage 0 renames the folder and moves `latest`. So no thread shares a group with the
+steps, no rank waits for a file that will not come, and where one fails all raise.
 """
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,50 +126,131 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def save(out: Path, config: Config, optimizer: Optimizer, *, step: int, samples: int, vocab_size: int,
-         extra: dict[str, Any] | None = None) -> None:
-    """Save after `step`; collective. Raises: OSError on the ranks that write when a disk refuses (the last checkpoint stays)."""
-    model, mesh = optimizer.ddp.module, optimizer.ddp.mesh
-    files = {"model": gather_full(model, mesh, ((p, p) for p in optimizer.ddp.buffer_of)) | _buffers(model)}
-    moments: dict[str, Tensor] = {}
-    for kind in optimizer.kinds():
-        moments |= {f"{kind}.{name}": t for name, t in gather_full(model, mesh, optimizer.state(kind)).items()}
-    files["optimizer"] = moments
-    if mesh.tp.rank or mesh.dp.rank:
-        return
-    part = "" if mesh.pp.size == 1 else f"-{mesh.pp.rank + 1:05d}-of-{mesh.pp.size:05d}"
-    folder = out / "checkpoints"
-    temporary, final = folder / f".writing-step-{step:08d}", folder / f"step-{step:08d}"
-    try:
+PART = re.compile(r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors")
+
+
+@dataclasses.dataclass
+class _Write:
+    """A checkpoint under way, on a rank that writes. error: what stopped its thread."""
+    temporary: Path
+    state: dict[str, Any]
+    thread: threading.Thread
+    error: Exception | None = None
+
+
+class Saver:
+    """The checkpoints of one run, at most one under way. All methods are collective. Raises: OSError (SafetensorError) on the ranks
+    that write, at the first call after a disk has refused: the last checkpoint stays, and nothing of the new one."""
+
+    def __init__(self, out: Path, config: Config, optimizer: Optimizer, vocab_size: int, extra: dict[str, Any] | None = None):
+        self.folder, self.config, self.optimizer, self.mesh = out / "checkpoints", config, optimizer, optimizer.ddp.mesh
+        self.words = {"precision": config.trainer.precision, "seed": config.trainer.seed, "seq_length": config.model.seq_length,
+                      "model": model_words(config, vocab_size), **(extra or {})}
+        self.write: _Write | None = None
+
+    def start(self, step: int, samples: int) -> None:
+        """Copy the state after `step` to the host and begin to write it, after the last one is done."""
+        self.wait()
+        files, mesh = self._on_host(), self.mesh
+        if mesh.tp.rank or mesh.dp.rank:
+            return
+        temporary = self.folder / f".writing-step-{step:08d}"
         with _together(mesh):
             if mesh.pp.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-        with _together(mesh):
-            for name, whole in files.items():
-                path = temporary / f"{name}{part}.safetensors"
-                save_file({n: t.detach().cpu().contiguous() for n, t in whole.items()}, path)
-                _sync(path)
-                (temporary / f"{path.name}.sha256").write_text(_sha256(path))
-        if mesh.pp.rank == 0:
-            digests = {}
-            for path in sorted(temporary.glob("*.sha256")):
-                digests[path.stem] = path.read_text()
-                path.unlink()
-            state = {"step": step, "samples": samples, "precision": config.trainer.precision, "seed": config.trainer.seed,
-                     "model": model_words(config, vocab_size), "sha256": digests, **(extra or {})}
-            (temporary / "state.json").write_text(json.dumps(state, indent=1))
-            _sync(temporary / "state.json")
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            _sync(folder)
-    finally:
-        if mesh.pp.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-    if mesh.pp.rank == 0:
-        _point(folder, final.name)
-        for old in sorted(folder.glob("step-*"))[:-config.trainer.keep_checkpoints]:
-            shutil.rmtree(old, ignore_errors=True)
+        thread = threading.Thread(target=self._run, args=(files,), name="interlace-save", daemon=True)
+        self.write = _Write(temporary, {"step": step, "samples": samples, **self.words}, thread)
+        thread.start()
+
+    def poll(self) -> None:
+        """Finish the checkpoint under way if all have written their part. Once a step."""
+        if (write := self.write) is None:
+            return
+        mesh, counts = self.mesh, torch.tensor([float(write.thread.is_alive()), float(write.error is not None)])
+        if mesh.pp.size > 1:
+            counts = all_reduce(counts, mesh.pp.group)
+        if counts[0].item():
+            return
+        self.write = None
+        try:
+            with _together(mesh):
+                if write.error is not None:
+                    raise write.error
+                if mesh.pp.rank == 0 and not counts[1].item():
+                    publish(write.temporary, write.state, 2 * mesh.pp.size, self.config.trainer.keep_checkpoints)
+        finally:
+            if mesh.pp.rank == 0:
+                shutil.rmtree(write.temporary, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Finish the checkpoint under way."""
+        while self.write is not None:
+            self.poll()
+            time.sleep(0.002)                                         # in step with the other stages: no long wait in a collective
+
+    def _on_host(self) -> dict[str, dict[str, Tensor]]:
+        """Copies of this stage's tensors, by file."""
+        model, mesh, optimizer = self.optimizer.ddp.module, self.mesh, self.optimizer
+        weights = gather_full(model, mesh, ((p, p) for p in optimizer.ddp.buffer_of))
+        weights |= {name: torch.empty_like(t, device="cpu").copy_(t) for name, t in _buffers(model).items()}
+        moments: dict[str, Tensor] = {}
+        for kind in optimizer.kinds():
+            moments |= {f"{kind}.{name}": t for name, t in gather_full(model, mesh, optimizer.state(kind)).items()}
+        return {"model": weights, "optimizer": moments}
+
+    def _run(self, files: dict[str, dict[str, Tensor]]) -> None:
+        write, pp = self.write, self.mesh.pp
+        assert write is not None
+        part = "" if pp.size == 1 else f"-{pp.rank + 1:05d}-of-{pp.size:05d}"
+        try:
+            while files:
+                name, whole = files.popitem()                         # written, and let go
+                write_part(write.temporary / f"{name}{part}.safetensors", whole)
+        except Exception as e:                                        # the main thread raises it
+            write.error = e
+
+
+def save(out: Path, config: Config, optimizer: Optimizer, *, step: int, samples: int, vocab_size: int,
+         extra: dict[str, Any] | None = None) -> None:
+    """Save after `step`, and wait for it; collective. Raises: as Saver."""
+    saver = Saver(out, config, optimizer, vocab_size, extra)
+    saver.start(step, samples)
+    saver.wait()
+
+
+def write_part(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, on the disk, and its hash beside it (`publish` gathers those)."""
+    save_file(tensors, path, {"format": "pt"})
+    _sync(path)
+    path.with_name(f"{path.name}.sha256").write_text(_sha256(path))
+
+
+def publish(temporary: Path, state: dict[str, Any], parts: int, keep: int) -> None:
+    """Make the checkpoint of the `parts` files in `temporary`: rename, then move `latest`, then drop all but the newest `keep`.
+    Raises: OSError where a part is not to be seen from here (another host's disk)."""
+    folder, digests, hashes = temporary.parent, {}, sorted(temporary.glob("*.sha256"))
+    if len(hashes) != parts:
+        raise OSError(f"{temporary} must hold {parts} files, got {len(hashes)}: --out must be one folder for all hosts")
+    for path in hashes:
+        digests[path.stem] = path.read_text()
+        path.unlink()
+    (temporary / "state.json").write_text(json.dumps({**state, "sha256": digests}, indent=1))
+    _sync(temporary / "state.json")
+    _sync(temporary)
+    final = folder / f"step-{state['step']:08d}"
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _sync(folder)
+    _point(folder, final.name)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(out: Path) -> None:
+    """Remove what a killed run left half written."""
+    for left in (out / "checkpoints").glob(".writing-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -210,7 +297,11 @@ def resume(out: Path, config: Config, model: nn.Module, vocab_size: int, optimiz
     if not pointer.exists():
         return None
     latest = pointer.read_text().strip()
-    newest = [pointer.parent / latest, *(f for f in sorted(pointer.parent.glob("step-*"), reverse=True) if f.name < latest)]
+    newest = sorted(pointer.parent.glob("step-*"), reverse=True)
+    if latest in {f.name for f in newest}:                            # what is newer was not finished
+        newest = [f for f in newest if f.name <= latest]
+    else:
+        skipped(f"checkpoint: {pointer} names {latest!r}, which is not there")
     damage: Damaged | None = None
     for folder in newest:
         try:
@@ -218,15 +309,29 @@ def resume(out: Path, config: Config, model: nn.Module, vocab_size: int, optimiz
         except Damaged as e:
             damage = damage or e
             skipped(str(e).split(";")[0])
-    assert damage is not None
-    raise damage
+    raise damage or UserError(f"checkpoint: {pointer} names {latest!r}, and there is no step-... beside it; use another --out")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
+    """state.json. Raises: Damaged."""
     try:
-        return json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text())
+        if not isinstance(state, dict) or (lacks := {"step", "samples", "precision", "model", "sha256"} - state.keys()):
+            raise ValueError(f"it lacks {', '.join(sorted(lacks))}" if isinstance(state, dict) else "it holds no object")
+        return state
     except (OSError, ValueError) as e:
         raise Damaged(f"checkpoint: {folder / 'state.json'} cannot be read: {e}; use another --out, or an older step") from None
+
+
+def verify_files(folder: Path, state: dict[str, Any]) -> None:
+    """Raises: Damaged unless every file is what was written."""
+    way_out = "point `latest` to an older step, or use another --out"
+    for name, digest in state["sha256"].items():
+        if not PART.fullmatch(name):                                  # no pickle, no path out of the folder
+            raise Damaged(f"checkpoint: {folder / 'state.json'} must name model and optimizer .safetensors files beside it, got {name!r}; "
+                          f"{way_out}")
+        if not (folder / name).exists() or _sha256(folder / name) != digest:
+            raise Damaged(f"checkpoint: {folder / name} is missing or damaged (its SHA-256 is not the one it was written with); {way_out}")
 
 
 def load(folder: Path, config: Config, model: nn.Module, vocab_size: int, optimizer: Optimizer | None = None) -> dict[str, Any]:
@@ -237,12 +342,9 @@ def load(folder: Path, config: Config, model: nn.Module, vocab_size: int, optimi
     here, there = model_words(config, vocab_size), state["model"]
     if differ := [f"{w} is {there.get(w)} there and {here.get(w)} here" for w in sorted({*here, *there}) if here.get(w) != there.get(w)]:
         raise UserError(f"checkpoint: {folder} is of another model: " + "; ".join(differ) + ". Use that model's config, or another --out")
-    for name, digest in state["sha256"].items():
-        if not (folder / name).exists() or _sha256(folder / name) != digest:
-            raise Damaged(f"checkpoint: {folder / name} is missing or damaged (its SHA-256 is not the one it was written with); "
-                            "point `latest` to an older step, or use another --out")
+    verify_files(folder, state)
     places = _places(model)
-    with _open(folder, "model", state) as f:
+    with open_files(folder, "model", state) as f:
         for p, rows in places.items():
             _read(f, "", rows, p)
         for name, buffer in _buffers(model).items():
@@ -251,22 +353,31 @@ def load(folder: Path, config: Config, model: nn.Module, vocab_size: int, optimi
         if state["precision"] != config.trainer.precision:
             raise UserError(f"checkpoint: {folder} was trained in {state['precision']}, got trainer.precision={config.trainer.precision}; "
                             "set it alike, or use another --out")
-        with _open(folder, "optimizer", state) as f:
+        with open_files(folder, "optimizer", state) as f:
             _moments(f, places, optimizer)
         optimizer.set_steps(state["step"])
     return state
 
 
-Files = dict[str, Any]                                                # tensor's name -> the open file that holds it
+class Files(dict[str, Any]):
+    """tensor's name -> the open file that holds it"""
+    folder: Path
+
+    def __missing__(self, name: str) -> Any:
+        raise Damaged(f"checkpoint: {self.folder} must hold the tensor {name}, got files without it: a stage's file is missing; "
+                      "point `latest` to an older step, or use another --out")
 
 
 def _moments(f: Files, places: Places, optimizer: Optimizer) -> None:
-    """One whole local tensor at a time, of which the optimizer takes what it steps."""
+    """One whole local tensor at a time, of which the optimizer takes what it steps. Converted weights come without: moments stay zero."""
     for kind in optimizer.kinds():
         for p, rows in places.items():
             if kind in optimizer.own[optimizer.ddp.buffer_of[p]]:
                 whole = torch.zeros_like(p.main_grad)  # type: ignore[attr-defined]
-                _read(f, f"{kind}.", rows, whole)
+                if f:
+                    _read(f, f"{kind}.", rows, whole)
+                elif kind == "master":
+                    whole.copy_(p.detach())
                 optimizer.set_state(kind, p, whole)
 
 
@@ -275,17 +386,21 @@ def _read(f: Files, prefix: str, rows: list[tuple[str, Piece]], local: Tensor) -
     for name, piece in rows:
         if piece.length:
             part = f[prefix + name].get_slice(prefix + name)
+            if tuple(part.get_shape()) != piece.shape:
+                raise Damaged(f"checkpoint: {f.folder} must hold {prefix + name} as {list(piece.shape)}, got {part.get_shape()}; "
+                              "point `latest` to an older step, or use another --out")
             span = slice(piece.start, piece.start + piece.length)
-            piece.local(local).copy_(part[span] if piece.dim == 0 else part[:, span])
+            piece.local(local).copy_(part[(*[slice(None)] * piece.dim, span) if piece.shape else ...])
 
 
 @contextlib.contextmanager
-def _open(folder: Path, kind: str, state: dict[str, Any]) -> Iterator[Files]:
+def open_files(folder: Path, kind: str, state: dict[str, Any]) -> Iterator[Files]:
     """The files of a kind, "model" or "optimizer"."""
     path = folder
     try:
         with contextlib.ExitStack() as stack:
-            found: Files = {}
+            found = Files()
+            found.folder = folder
             for path in (folder / name for name in state["sha256"] if name.startswith(kind)):
                 f = stack.enter_context(safe_open(path, framework="pt"))
                 found |= dict.fromkeys(f.keys(), f)

@@ -210,6 +210,7 @@ class TrainerConfig(_Checked):
     log_every_n_steps: Count = 1                                # steps between lines of metrics.jsonl
     save_every_n_steps: CountOrZero = 100                       # steps between checkpoints; 0: only the last step
     keep_checkpoints: Count = 3                                 # newest checkpoints kept in --out
+    async_save: bool = True                                     # write them beside the steps; false: each step that saves waits
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"        # auto: cuda when every local rank has a GPU
 
 

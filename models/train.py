@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ class Run:
         self.device = device_of(config)
         tokenizer = load_tokenizer(config.data.tokenizer)
         prepare_out(out, self.main)
+        if self.main:
+            checkpoint.sweep(out)
         tokens = build_tokens(config.data.paths, tokenizer, out / "data", extensions=config.data.extensions, exclude=[out],
                               rank=0 if self.main else 1, barrier=dist.barrier if many else None)
         self.vocab_size = tokens.fit_vocab(config.model.vocab_size)
@@ -105,10 +108,11 @@ class Run:
         self.step, self.samples = 0, 0
         if state := checkpoint.resume(out, config, self.model, self.vocab_size, self.optimizer, self._skipped):
             self.step, self.samples = state["step"], state["samples"]
-            if self.main and state["data"] != tokens.digest:
+            if self.main and state["data"] not in (None, tokens.digest):   # None: converted weights
                 print(f"interlace: the text is not the one that {out} was trained on so far; going on with the new text at sample "
                       f"{self.samples}", file=sys.stderr, flush=True)
-        self.digest = tokens.digest
+        self.saver = checkpoint.Saver(out, config, self.optimizer, self.vocab_size,
+                                      {"tokenizer": config.data.tokenizer, "data": tokens.digest})
         if self.step > config.trainer.max_steps:
             raise UserError(f"trainer.max_steps must be at least the {self.step} steps that {out} has been trained for, "
                             f"got {config.trainer.max_steps}; raise it, or use another --out")
@@ -135,6 +139,8 @@ class Run:
             while self.step < c.trainer.max_steps:
                 start = time.perf_counter()
                 loss, norm, lr = self.train_step()
+                with self.saving():
+                    self.saver.poll()
                 seconds = time.perf_counter() - start
                 if watch is not None:
                     watch.step()
@@ -149,6 +155,11 @@ class Run:
                 every = c.trainer.save_every_n_steps
                 if self.step == c.trainer.max_steps or (every and self.step % every == 0):
                     self.save()
+            self.finish_saving()
+        except (RunError, KeyboardInterrupt) as e:
+            if isinstance(e, RunError) or self.mesh.pp.size == 1:     # the other stages come here too, or there are none
+                self.finish_saving()                                  # keep what was begun
+            raise
         finally:
             if log is not None and progress is not None:
                 progress.close()
@@ -191,11 +202,26 @@ class Run:
                 "expert_imbalance": worst.item()}
 
     def save(self) -> None:
+        """Begin a checkpoint, and wait for it unless trainer.async_save."""
+        with self.saving():
+            self.saver.start(self.step, self.samples)
+            if not self.config.trainer.async_save:
+                self.saver.wait()
+
+    def finish_saving(self) -> None:
+        with self.saving():
+            self.saver.wait()
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """A disk that refuses, in words."""
+        step = self.saver.write.state["step"] if self.saver.write else self.step
         try:
-            checkpoint.save(self.out, self.config, self.optimizer, step=self.step, samples=self.samples, vocab_size=self.vocab_size,
-                            extra={"tokenizer": self.config.data.tokenizer, "data": self.digest})
+            yield
         except (OSError, SafetensorError) as e:                       # safetensors tells a full disk in its own words
-            raise RunError(f"step {self.step}: the checkpoint could not be written to {self.out}: {getattr(e, 'strerror', None) or e}; "
+            if isinstance(e, TimeoutError):                           # of a collective, not of a file
+                raise
+            raise RunError(f"step {step}: the checkpoint could not be written to {self.out}: {getattr(e, 'strerror', None) or e}; "
                            "earlier checkpoints are untouched. Free space, then run the same command again") from e
 
 

@@ -22,8 +22,8 @@ from interlace.parallel.sharding import named_pieces
 GQA = {"num_query_groups": 2, "add_bias_linear": True, "vocab_size": 41, "normalization": "layernorm"}
 
 
-def build(cfg, mesh, seed=1):
-    model = GPT(cfg.model, mesh, vocab_size=cfg.model.vocab_size, seed=seed, dtype=torch.float64)
+def build(cfg, mesh, seed=1, dtype=torch.float64, vocab_size=None):
+    model = GPT(cfg.model, mesh, vocab_size=vocab_size or cfg.model.vocab_size, seed=seed, dtype=dtype)
     return model, Optimizer(DistributedDataParallel(model, mesh, bucket_size=cfg.optim.ddp_bucket_size,
                                                     use_distributed_optimizer=cfg.optim.use_distributed_optimizer), cfg.optim)
 
