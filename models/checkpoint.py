@@ -396,14 +396,13 @@ def _read(f: Files, prefix: str, rows: list[tuple[str, Piece]], local: Tensor) -
 @contextlib.contextmanager
 def open_files(folder: Path, kind: str, state: dict[str, Any]) -> Iterator[Files]:
     """The files of a kind, "model" or "optimizer"."""
-    path = folder
-    try:
-        with contextlib.ExitStack() as stack:
-            found = Files()
-            found.folder = folder
+    path, found = folder, Files()
+    found.folder = folder
+    with contextlib.ExitStack() as stack:
+        try:
             for path in (folder / name for name in state["sha256"] if name.startswith(kind)):
                 f = stack.enter_context(safe_open(path, framework="pt"))
                 found |= dict.fromkeys(f.keys(), f)
-            yield found
-    except SafetensorError as e:
-        raise Damaged(f"checkpoint: {path} cannot be read: {e}; point `latest` to an older step, or use another --out") from None
+        except SafetensorError as e:
+            raise Damaged(f"checkpoint: {path} cannot be read: {e}; point `latest` to an older step, or use another --out") from None
+        yield found

@@ -336,23 +336,20 @@ def _check(table: list[Row], shapes: dict[str, tuple[int, ...]], f: checkpoint.F
 def _their_files(folder: Path) -> Iterator[checkpoint.Files]:
     """The tensors of a Hugging Face folder. Raises: UserError for what is no safetensors, or not beside its index."""
     index = folder / "model.safetensors.index.json"
-    path = index
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        if bad := [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]:
-            raise UserError(f"convert: {index} must name .safetensors files beside it, got {bad[0]!r}")
-        with contextlib.ExitStack() as stack:
-            found = checkpoint.Files()
-            found.folder = folder
+    path, found = index, checkpoint.Files()
+    found.folder = folder
+    with contextlib.ExitStack() as stack:
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+            if bad := [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]:
+                raise SafetensorError(f"an index that names {bad[0]!r}, which is not beside it")
             for path in (folder / name for name in names):
                 f = stack.enter_context(safe_open(path, framework="pt"))
                 found |= dict.fromkeys(f.keys(), f)
-            yield found
-    except (OSError, SafetensorError, KeyError, ValueError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"convert: {path} must be a safetensors file that can be read, got {e}; older formats (.bin) are pickles, save "
-                        "them anew with save_pretrained") from None
+        except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as e:
+            raise UserError(f"convert: {path} must be of safetensors that can be read, got {e or 'no file'}; older formats (.bin) are "
+                            "pickles: save them anew with save_pretrained") from None
+        yield found
 
 
 @contextlib.contextmanager
