@@ -28,7 +28,7 @@ def mistake(capsys, *words):
 # ---- fast and quiet -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["bench", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["convert", "--help"], ["bench", "--help"], ["--version"]], ids=" ".join)
 def test_help_needs_no_torch(words):
     code = (f"import sys\nfrom interlace.cli import main\ntry: status = main({words})\n"
             f"except SystemExit as e: status = e.code\nassert not {HEAVY} & set(sys.modules)\nsys.exit(status)")
@@ -52,8 +52,8 @@ def test_help_is_fast():
 
 def test_help_shows_every_command():
     text = run("--help").stdout
-    assert all(word in text for word in ("train", "verify", "explain", "generate", "bench", "doctor", "tp=2"))
-    for command in ("train", "verify", "explain", "generate", "bench", "doctor"):
+    assert all(word in text for word in ("train", "verify", "explain", "generate", "convert", "bench", "doctor", "tp=2"))
+    for command in ("train", "verify", "explain", "generate", "convert", "bench", "doctor"):
         assert f"  interlace {command} " in run(command, "--help").stdout, "an example"
 
 
@@ -85,7 +85,10 @@ def test_public_names():
     (["verify", "--steps", "0"], "--steps must be >= 1, got 0"),
     (["explain", "tp=3"], "num_attention_heads must be a multiple of tensor_model_parallel_size"),
     (["generate", "--top-k", "-1"], "--top-k must be >= 0, got -1"),
-    (["generate", "tp=2"], "unknown argument tp=2")])
+    (["generate", "tp=2"], "unknown argument tp=2"),
+    (["convert", "--to-hf", "/nope/x", "--out", "/nope"], "--out must be the folder of a checkpoint"),
+    (["convert", "--from-hf", "/nope"], "--from-hf must be a folder with config.json"),
+    (["convert", "--to-hf", "x", "--form-hf", "y"], "unknown argument --form-hf; did you mean --from-hf?")])
 def test_one_message(capsys, words, wanted):
     assert wanted in mistake(capsys, *words)
 
