@@ -308,7 +308,7 @@ def _ours(row: Row, i: int, f: checkpoint.Files, shapes: dict[str, tuple[int, ..
     return whole.split([shapes[name][0] for name in row.ours])[i].contiguous()
 
 
-def _check(table: list[Row], shapes: dict[str, tuple[int, ...]], f: checkpoint.Files, source: Path) -> str:
+def _check(table: list[Row], shapes: dict[str, tuple[int, ...]], f: checkpoint.Files, source: Path) -> Any:
     """The precision of all tensors. Raises: UserError with everything that is not as the config says."""
     problems, dtypes = [], set()
     for row in table:

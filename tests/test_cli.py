@@ -28,7 +28,8 @@ def mistake(capsys, *words):
 # ---- fast and quiet -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["convert", "--help"], ["bench", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize("words", [
+    ["--help"], ["train", "--help"], ["convert", "--help"], ["bench", "--help"], ["--version"]], ids=" ".join)
 def test_help_needs_no_torch(words):
     code = (f"import sys\nfrom interlace.cli import main\ntry: status = main({words})\n"
             f"except SystemExit as e: status = e.code\nassert not {HEAVY} & set(sys.modules)\nsys.exit(status)")

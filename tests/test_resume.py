@@ -1,4 +1,4 @@
-"""Runs that break off and go on: in any other layout, in the same one to the bit, after damage, a full disk, SIGKILL; saving beside the steps."""
+"""Runs that break off and go on: in any other layout, in the same one to the bit, after damage, full disks, SIGKILL; saving beside steps."""
 import json
 import os
 import signal
@@ -39,7 +39,8 @@ def layout(tp=1, pp=1, ep=1, sp=False, zero1=False, schedule=None, dp=1):
 
 ONE, DP2Z, TP2SP = layout(), layout(dp=2, zero1=True), layout(tp=2, sp=True)
 PP2, PP2GPIPE, ZBV = layout(pp=2), layout(pp=2, schedule="gpipe", dp=2), layout(pp=2, schedule="zbv_zero_bubble")
-INTERLEAVED, IZB = layout(pp=2, schedule="interleaved_1f1b", tp=2, sp=True), layout(pp=2, schedule="interleaved_zero_bubble", dp=2, zero1=True)
+INTERLEAVED, IZB = layout(pp=2, schedule="interleaved_1f1b", tp=2, sp=True), layout(
+    pp=2, schedule="interleaved_zero_bubble", dp=2, zero1=True)
 EP2Z, EP4, TP2EP2, PP2EP2Z = layout(dp=2, ep=2, zero1=True), layout(tp=2, dp=2, ep=4, sp=True), layout(tp=2, ep=2), layout(
     pp=2, dp=2, ep=2, zero1=True)
 PP4, ZBVEP2 = layout(pp=4), layout(pp=2, tp=2, ep=2, sp=True, schedule="zbv_zero_bubble")
@@ -152,7 +153,8 @@ def test_pieces_of_every_kind_are_read(tmp_path):
         for name, piece, shape in (
                 ("a", Piece("", (4, 3, 6), 2, 2, 3, 1), (4, 3, 5)), ("a", Piece("", (4, 3, 6), 1, 1, 2, 0), (4, 2, 6)),
                 ("e", Piece("", (5, 2), 0, 0, 5, 3, expert=1), (2, 8, 2)), ("e", Piece("", (5, 2), 1, 1, 1, 0, expert=2), (3, 5, 1)),
-                ("s", Piece("", (), 0, 0, 1), ()), ("b", Piece("", (2, 8), 1, 4, 4, 0), (2, 4)), ("b", Piece("", (2, 8), 0, 2, 0, 0), (1, 8))):
+                ("s", Piece("", (), 0, 0, 1), ()), ("b", Piece("", (2, 8), 1, 4, 4, 0), (2, 4)),
+                ("b", Piece("", (2, 8), 0, 2, 0, 0), (1, 8))):
             local = torch.full(shape, 7.0)
             checkpoint._read(f, "", [(name, piece)], local)
             assert torch.equal(piece.local(local), piece.of(t[name])), name
