@@ -1,4 +1,4 @@
-"""Runs that break off and go on: in any other layout, in the same one to the bit, after damage, full disks, SIGKILL; saving beside steps."""
+"""Runs that break off and go on: in any other layout, in the same to the bit, after damage, full disks, SIGKILL; saving beside steps."""
 import json
 import os
 import signal
