@@ -330,6 +330,9 @@ def verify_files(folder: Path, state: dict[str, Any]) -> None:
         if not PART.fullmatch(name):                                  # no pickle, no path out of the folder
             raise Damaged(f"checkpoint: {folder / 'state.json'} must name model and optimizer .safetensors files beside it, got {name!r}; "
                           f"{way_out}")
+        part, parts = name.split("-", 1)[0], name.rpartition("-of-")[2]   # all ranks must find the same, whichever stage they read
+        if "-of-" in name and sum(n.startswith(part) and n.endswith(f"-of-{parts}") for n in state["sha256"]) != int(parts.split(".")[0]):
+            raise Damaged(f"checkpoint: {folder / 'state.json'} must name all parts of {part}, got {name} and not all; {way_out}")
         if not (folder / name).exists() or _sha256(folder / name) != digest:
             raise Damaged(f"checkpoint: {folder / name} is missing or damaged (its SHA-256 is not the one it was written with); {way_out}")
 
