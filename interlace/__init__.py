@@ -4,6 +4,7 @@ from importlib import import_module
 _NAMES = {                                                            # public name -> module
     **dict.fromkeys(("Config", "ModelConfig", "load_config"), "models.config"),
     "GPT": "models.gpt",
+    **dict.fromkeys(("replace_", "restore_", "use", "verify"), "models.replace"),
     **dict.fromkeys(("RunError", "UserError"), "parallel.errors"),
     **dict.fromkeys(("Axis", "ColumnParallelLinear", "DistributedDataParallel", "Layout", "Mesh", "RowParallelLinear",
                      "VocabParallelEmbedding", "vocab_parallel_cross_entropy"), "parallel"),

@@ -1,5 +1,9 @@
 import os
+import pathlib
+import sys
 
+# `python -m pytest` puts the repo root on sys.path, where transformers looks for Hugging Face's `kernels` and finds our folder.
+sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != pathlib.Path(__file__).parents[1]]
 os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")           # gloo alone sums mismatched dtypes in silence
 os.environ.setdefault("OMP_NUM_THREADS", "1")                        # 2 cores: one thread a rank
 

@@ -1,0 +1,237 @@
+"""Drop-in: these kernels and parallel layers in a torch or Hugging Face model, instance by instance, with a way back.
+
+    report = interlace.replace_(model)               print(report): name, class, new class, kernel, sharding, why not
+    interlace.verify(model, sample)                  forward and every gradient against the original modules
+    with interlace.use(kernels="reference"): ...     A/B
+    interlace.restore_(model)                        the original classes, bit-equal weights
+
+Every change is planned and checked before the first is made: after an error the model is as it was. Nothing global is patched.
+How modules are recognised and what runs in them: replace_kernels.py; tensor parallelism: replace_layers.py.
+"""
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..parallel.errors import nearest, raise_problems
+from ..parallel.mesh import Mesh
+from .replace_kernels import CausalLoss, Change, Fused, fused_class, implementation, recognise, recognise_loss, use
+from .replace_report import Report, Row, Verification
+
+__all__ = ["replace_", "restore_", "use", "verify"]
+
+KERNELS = ("cross_entropy", "expert_mlp", "layer_norm", "rms_norm", "swiglu")
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str, str] | None = "auto",
+             kernels: str | Collection[str] = "auto", only: Iterable[str] | str | None = None, skip: Iterable[str] | str = (),
+             strict: bool = False, dry_run: bool = False) -> Report:
+    """Put fused kernels into `model`, in place. A second call changes nothing.
+
+    Args:
+        mesh: None, or a mesh of one rank. plan: "auto", None, or {pattern: style}.
+        kernels: "auto", "none", or names out of cross_entropy, expert_mlp, layer_norm, rms_norm, swiglu.
+        only, skip: patterns (fnmatch) of module names to look at, or to leave alone, with all below them.
+        strict: raise where a pattern matches nothing, or a candidate has to be left as it is. dry_run: report only.
+    Returns: Report. Raises: ValueError for a model on meta, wrapped (DDP, FSDP, torch.compile), of mixed dtypes, with one module in
+    two places, for patterns that match nothing; the model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"replace_: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+    only, skip = ([only] if isinstance(only, str) else only), ([skip] if isinstance(skip, str) else list(skip))
+    names = _kernels(kernels)
+    chosen, notes = _chosen(model, None if only is None else list(only), skip, strict)
+    _check_model(model, chosen)
+    if mesh is not None or isinstance(plan, Mapping):
+        raise ValueError(f"replace_: mesh must be None and plan 'auto', got {mesh} and {plan!r}")
+    report, todo = Report(notes=notes, dry_run=dry_run), []
+    for name, module in chosen:
+        row, found = _look(name, module, names)
+        if row is not None:
+            report.rows.append(row)
+        if found is not None:
+            todo.append((module, *found))
+    loss = _look_at_loss(model, names, only, skip, report)
+    if strict and (left := [r for r in report.left if "already" not in r.why]):
+        raise_problems("replace_(strict=True)", [f"{r.name}: {r.why}; leave it out with skip=[{r.name!r}]" for r in left])
+    if not dry_run:
+        for module, kind, change in todo:
+            module._interlace = change
+            module.__class__ = fused_class(kind, change.original)
+        if loss is not None:
+            model.loss_function = loss  # type: ignore[assignment]
+    return report
+
+
+def restore_(model: nn.Module) -> None:
+    """Undo replace_: the original classes and loss function. Parameters are the same objects with the same bits throughout."""
+    for module in model.modules():
+        change = vars(module).get("_interlace")
+        if isinstance(module, Fused) and change is not None:
+            module.__class__ = change.original
+            del module._interlace
+    if isinstance(loss := getattr(model, "loss_function", None), CausalLoss):
+        if vars(model).get("_loss_function") is loss:                 # Hugging Face's setter keeps it there
+            del model._loss_function
+        if getattr(model, "loss_function", None) is not loss.original:
+            model.loss_function = loss.original  # type: ignore[assignment]
+
+
+# ---- what to look at ---------------------------------------------------------------------------------------------
+
+
+def _kernels(kernels: str | Collection[str]) -> tuple[str, ...]:
+    if kernels in ("auto", "none"):
+        return KERNELS if kernels == "auto" else ()
+    given = (kernels,) if isinstance(kernels, str) else tuple(kernels)
+    raise_problems("replace_", [f"kernels must be 'auto', 'none' or names out of {', '.join(KERNELS)}, got {k!r}"
+                                + (f"; did you mean {near!r}?" if (near := nearest(str(k), KERNELS)) else "") for k in given
+                                if k not in KERNELS])
+    return given
+
+
+def _chosen(model: nn.Module, only: list[str] | None, skip: list[str], strict: bool) -> tuple[list[tuple[str, nn.Module]], list[str]]:
+    """The modules to look at, and notes on patterns that match nothing."""
+    named = list(model.named_modules())
+    problems, hits = [], {}
+    for pattern in (*(only or ()), *skip):
+        hits[pattern] = {n for n, _ in named if fnmatch.fnmatchcase(n, pattern)}
+        if not hits[pattern]:
+            near = nearest(pattern, (n for n, _ in named))
+            problems.append(f"the pattern {pattern!r} must match a module, got none" + (f"; the nearest name is {near!r}" if near else ""))
+    if problems and (strict or (only and not any(hits[p] for p in only))):
+        raise_problems("replace_", problems)
+    inside = lambda n, patterns: any(n == h or n.startswith(h + ".") for p in patterns for h in hits[p])  # noqa: E731
+    return [(n, m) for n, m in named if (only is None or inside(n, only)) and not inside(n, skip)], problems
+
+
+def _check_model(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
+    """Raise for a model that cannot be replaced as it stands, every reason at once."""
+    problems = []
+    for name, m in model.named_modules():
+        kind = type(m).__name__
+        if isinstance(m, DistributedDataParallel) or kind in ("FullyShardedDataParallel", "OptimizedModule") or kind.startswith("FSDP"):
+            problems.append(f"{name or 'the model'} must not be wrapped yet, got {kind}; call replace_ first, wrap or compile after it")
+    params = list(model.named_parameters())
+    if meta := [n for n, p in params if p.is_meta]:
+        problems.append(f"the model must hold its weights, got {meta[0]} and {len(meta) - 1} more on meta; load them first")
+    if cut := [n for n, p in params if type(p.data).__name__ == "DTensor"]:
+        problems.append(f"parameters must be plain tensors, got a DTensor in {cut[0]}; call replace_ before fully_shard or parallelize_module")
+    dtypes = {p.dtype: n for n, p in reversed(params) if p.is_floating_point()}
+    if len(dtypes) > 1:
+        some = ", ".join(f"{d} ({n})" for d, n in reversed(dtypes.items()))
+        problems.append(f"the model must have one dtype, got {some}; call model.to(dtype), or use autocast over fp32 weights")
+    looked = {id(m) for _, m in chosen}
+    places: dict[int, list[str]] = {}
+    for name, m in model.named_modules(remove_duplicate=False):
+        if id(m) in looked and next(m.parameters(), None) is not None:
+            places.setdefault(id(m), []).append(name)
+    shared = [p for p in places.values() if len(p) > 1]
+    outer = [p for p in shared if not any(p[0].startswith(q[0] + ".") for q in shared)]
+    problems += [f"a module must stand in one place, got one instance at {' and '.join(p)}; leave it out with skip=[{p[0]!r}]" for p in outer]
+    raise_problems("replace_", problems)
+
+
+def _look(name: str, module: nn.Module, names: tuple[str, ...]) -> tuple[Row | None, tuple[type, Change] | None]:
+    """The report's row of one module, and what to do with it."""
+    old = type(module).__name__
+    if isinstance(module, Fused):
+        return Row(name, old, why="already replaced"), None
+    found = recognise(module) if names else None
+    if isinstance(found, str):
+        return Row(name, old, why=found), None
+    if found is None:
+        if hasattr(module, "head_dim") and next(module.parameters(), None) is not None:
+            return Row(name, old, why="rope and attention are functions its forward calls: nothing to replace in the instance"), None
+        return None, None
+    kind, change = found
+    if change.kernel not in names:
+        return None, None
+    at = next(module.parameters(), torch.empty(0))
+    return Row(name, old, fused_class(kind, change.original).__name__, implementation(change.kernel, at)), found
+
+
+def _look_at_loss(model: nn.Module, names: tuple[str, ...], only: Any, skip: list[str], report: Report) -> CausalLoss | None:
+    if only is not None or "cross_entropy" not in names or "loss_function" in skip:
+        return None
+    found, old = recognise_loss(model), getattr(getattr(model, "loss_function", None), "__name__", "function")
+    if isinstance(found, str):
+        report.rows.append(Row("loss_function", old, why=found))
+    elif found is not None:
+        at = next(model.parameters(), torch.empty(0))
+        report.rows.append(Row("loss_function", old, "CausalLoss", implementation("cross_entropy", at)))
+        return found
+    return None
+
+
+# ---- verify ------------------------------------------------------------------------------------------------------
+
+
+def verify(model: nn.Module, sample: Any, tolerance: float | None = None) -> Verification:
+    """Compare a replaced model with its original modules: every output and the gradient of every parameter.
+
+    Args: sample: a tensor, a tuple (positional) or a mapping (keyword arguments); the gradient is that of the output `loss` where there
+    is one, else of a fixed random projection of all outputs; tolerance: largest difference over the largest value of a tensor
+    (default 1e-6 in float64, since many models cast to fp32 inside, 1e-4 in fp32, 5e-2 in bf16, 2e-2 in fp16).
+    Returns: Verification (`.ok`, `.errors`, prints as a table). The model, its gradients, buffers and the random state are left as they were.
+    Raises: ValueError where nothing was replaced.
+    """
+    if not any(isinstance(m, Fused) for m in model.modules()) and not isinstance(getattr(model, "loss_function", None), CausalLoss):
+        raise ValueError("verify: the model must hold replaced modules, got none; call replace_ first")
+    ours = _run(model, sample)
+    with use("original"):
+        stock = _run(model, sample)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    largest = max((float(g.abs().max()) for n, g in stock.items() if not n.startswith("output") and g.numel()), default=0.0)
+    errors = {}
+    for name, want in stock.items():
+        floor = 1e-4 * largest if not name.startswith("output") else 0.0   # a gradient that is zero but for rounding: key biases
+        scale = max(float(want.abs().max()), floor) if want.numel() else 0.0
+        worst = float((ours[name].double() - want.double()).abs().max()) if want.numel() else 0.0
+        errors[name] = worst / scale if scale else worst
+        if errors[name] != errors[name]:
+            errors[name] = float("inf")
+    return Verification(errors, TOLERANCE.get(dtype, 1e-4) if tolerance is None else tolerance)
+
+
+def _run(model: nn.Module, sample: Any) -> dict[str, Tensor]:
+    """{"output i": ..., parameter name: gradient} of one forward and backward."""
+    params = dict(model.named_parameters())
+    grads, buffers = {n: p.grad for n, p in params.items()}, {n: b.clone() for n, b in model.named_buffers()}
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model.zero_grad(set_to_none=True)
+            out = model(**sample) if isinstance(sample, Mapping) else model(*sample) if isinstance(sample, tuple) else model(sample)
+        tensors = list(_tensors(out))
+        loss = out.get("loss") if isinstance(out, Mapping) else None
+        if loss is None:
+            g = torch.Generator().manual_seed(1)
+            loss = sum((t * torch.randn(t.shape, generator=g).to(t)).sum() for t in tensors if t.requires_grad)
+        if torch.is_tensor(loss) and loss.requires_grad:
+            loss.backward()
+        return {f"output {i}": t.detach() for i, t in enumerate(tensors)} | {n: p.grad for n, p in params.items() if p.grad is not None}
+    finally:
+        for n, p in params.items():
+            p.grad = grads[n]
+        with torch.no_grad():
+            for n, b in model.named_buffers():
+                b.copy_(buffers[n])
+
+
+def _tensors(out: Any) -> Iterable[Tensor]:
+    if torch.is_tensor(out):
+        if out.is_floating_point():
+            yield out
+    elif isinstance(out, Mapping):
+        for v in out.values():
+            yield from _tensors(v)
+    elif isinstance(out, (tuple, list)):
+        for v in out:
+            yield from _tensors(v)

@@ -1,0 +1,78 @@
+"""Tiny Hugging Face models with random weights, made from configs: nothing is downloaded."""
+import copy
+import importlib
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61,
+             "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": None}
+MOE = SMALL | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+MODELS = {                                                            # name -> (folder, class prefix, config)
+    "llama": ("llama", "Llama", SMALL),
+    "mistral": ("mistral", "Mistral", SMALL | {"sliding_window": 4}),
+    "qwen2": ("qwen2", "Qwen2", SMALL | {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", "Qwen3", SMALL | {"head_dim": 16}),
+    "gemma2": ("gemma2", "Gemma2", SMALL | {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16}),
+    "phi3": ("phi3", "Phi3", SMALL),
+    "gpt2": ("gpt2", "GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 64, "bos_token_id": 1, "eos_token_id": None}),
+    "mixtral": ("mixtral", "Mixtral", SMALL | {"num_local_experts": 4}),
+    "qwen3_moe": ("qwen3_moe", "Qwen3Moe", MOE | {"head_dim": 16, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", "Olmoe", MOE),
+}
+
+
+def make(name, dtype=torch.float64, **more):
+    """The same weights in every process; norms and biases are random too, so that a wrong formula shows."""
+    folder, prefix, small = MODELS[name]
+    config = importlib.import_module(f"transformers.models.{folder}.configuration_{folder}")
+    modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    torch.manual_seed(0)
+    head = "GPT2LMHeadModel" if name == "gpt2" else f"{prefix}ForCausalLM"
+    model = getattr(modeling, head)(getattr(config, f"{prefix}Config")(**small, **more)).eval()
+    if "expert" in "".join(small):
+        model.set_experts_implementation("eager")                     # stock's default knows no float64
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model.to(dtype)
+
+
+def sample(batch=2, length=9, vocab=61):
+    ids = torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids.roll(1, 1), "use_cache": False}
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Stock layers cast to fp32 inside: here a float64 tensor stays one, which makes the stock model a float64 reference."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if args and torch.is_tensor(args[0]) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in args[1:]):
+                return args[0]
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def step(model, batch):
+    """{"logits", "loss", parameter: gradient} of one forward and backward."""
+    model.zero_grad()
+    with KeepFloat64():
+        out = model(**batch)
+        out.loss.backward()
+    return {"logits": out.logits.detach(), "loss": out.loss.detach()} | {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def close(got, want, tolerance=1e-10):
+    assert got.keys() == want.keys()
+    for name, w in want.items():
+        scale = max(float(w.abs().max()), 1e-2)
+        worst = float((got[name] - w).abs().max())
+        assert worst <= tolerance * scale, f"{name}: {worst:.2e} of {scale:.2e}"
+
+
+def twin(model):
+    return copy.deepcopy(model)

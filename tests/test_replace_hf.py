@@ -1,0 +1,84 @@
+"""Drop-in on Hugging Face models: logits, loss and every gradient against stock in float64 and bf16, generate, checkpointing."""
+import pytest
+import torch
+
+import interlace
+
+pytest.importorskip("transformers")
+from hf import MODELS, close, make, sample, step, twin
+
+EXPECTED = {                                                          # kernels that must run, and how many modules each
+    "llama": {"rms_norm": 5, "swiglu": 2, "cross_entropy": 1},
+    "mistral": {"rms_norm": 5, "swiglu": 2, "cross_entropy": 1},
+    "qwen2": {"rms_norm": 5, "swiglu": 2, "cross_entropy": 1},
+    "qwen3": {"rms_norm": 9, "swiglu": 2, "cross_entropy": 1},
+    "gemma2": {"rms_norm": 9, "cross_entropy": 1},                    # its MLP is gelu
+    "phi3": {"rms_norm": 5, "swiglu": 2, "cross_entropy": 1},
+    "gpt2": {"layer_norm": 5, "cross_entropy": 1},
+    "mixtral": {"rms_norm": 5, "expert_mlp": 2, "cross_entropy": 1},
+    "qwen3_moe": {"rms_norm": 9, "expert_mlp": 2, "cross_entropy": 1},
+    "olmoe": {"rms_norm": 9, "expert_mlp": 2, "cross_entropy": 1},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_stock_in_float64(name):
+    model, batch = make(name), sample()
+    bits, classes = {n: v.clone() for n, v in model.state_dict().items()}, [type(m) for m in model.modules()]
+    want = step(model, batch)
+    report = interlace.replace_(model)
+    ran = [r.kernel.split()[0] for r in report.replaced]
+    assert {k: ran.count(k) for k in ran} == EXPECTED[name], report
+    close(step(model, batch), want)
+    assert not interlace.replace_(model).replaced and list(model.state_dict()) == list(bits)
+    interlace.restore_(model)
+    assert [type(m) for m in model.modules()] == classes and all(torch.equal(v, bits[n]) for n, v in model.state_dict().items())
+    close(step(model, batch), want, 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_bf16_is_no_further_from_float64_than_stock(name):
+    model, batch = make(name, torch.bfloat16), sample(4, 16)
+    truth = step(twin(model).double(), batch)
+    error = lambda got: sum(float((got[n].double() - t).norm() / t.norm()) for n, t in truth.items()) / len(truth)  # noqa: E731
+    stock = error(step(model, batch))
+    interlace.replace_(model)
+    ours = error(step(model, batch))
+    assert ours <= 1.1 * stock, f"{ours:.3g} against {stock:.3g} of stock"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_generate_with_cache(name):
+    model = make(name, torch.float32)
+    ids = sample(2, 5)["input_ids"]
+    words = lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, use_cache=True,  # noqa: E731
+                                   pad_token_id=0)
+    want = words()
+    interlace.replace_(model)
+    assert torch.equal(words(), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_gradient_checkpointing(name):
+    model, batch = make(name, torch.float32).train(), sample()
+    want = step(model, batch)
+    interlace.replace_(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    close(step(model, batch), want, 1e-4)
+
+
+def test_saved_files_load_into_stock(tmp_path):
+    model = make("llama", torch.float32)
+    interlace.replace_(model)
+    model.save_pretrained(tmp_path)
+    again = type(make("llama")).from_pretrained(tmp_path)
+    assert type(again.model.norm).__name__ == "LlamaRMSNorm"
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in again.state_dict().items())
+
+
+def test_loss_over_items_in_batch():
+    """Gradient accumulation in Trainer divides by the items of all micro-batches."""
+    model, batch = make("llama"), sample() | {"num_items_in_batch": 7}
+    want = step(model, batch)
+    interlace.replace_(model)
+    close(step(model, batch), want)
