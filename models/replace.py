@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..parallel.errors import nearest, raise_problems
 from ..parallel.mesh import Mesh
 from .replace_kernels import CausalLoss, Change, Fused, fused_class, implementation, recognise, recognise_loss, use
+from .replace_layers import STYLES, gather, make_plan, split_all, whole_all
+from .replace_layers import Plan as _Plan
 from .replace_report import Report, Row, Verification
 
 __all__ = ["replace_", "restore_", "use", "verify"]
@@ -32,15 +35,16 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str, str] | None = "auto",
              kernels: str | Collection[str] = "auto", only: Iterable[str] | str | None = None, skip: Iterable[str] | str = (),
              strict: bool = False, dry_run: bool = False) -> Report:
-    """Put fused kernels into `model`, in place. A second call changes nothing.
+    """Put fused kernels and parallel layers into `model`, in place. A second call changes nothing.
 
     Args:
-        mesh: None, or a mesh of one rank. plan: "auto", None, or {pattern: style}.
+        mesh: None for one device, or this rank's Mesh: layers are split over its tp axis; every rank calls with the same whole model.
+        plan: "auto" (by structure), None (split nothing), or {pattern: "column" | "row" | "gather" | "vocab"} (fnmatch on names).
         kernels: "auto", "none", or names out of cross_entropy, expert_mlp, layer_norm, rms_norm, swiglu.
         only, skip: patterns (fnmatch) of module names to look at, or to leave alone, with all below them.
         strict: raise where a pattern matches nothing, or a candidate has to be left as it is. dry_run: report only.
     Returns: Report. Raises: ValueError for a model on meta, wrapped (DDP, FSDP, torch.compile), of mixed dtypes, with one module in
-    two places, for patterns that match nothing; the model is then as it was.
+    two places, for patterns that match nothing, for what tp does not divide; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"replace_: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself")
@@ -48,11 +52,11 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
     names = _kernels(kernels)
     chosen, notes = _chosen(model, None if only is None else list(only), skip, strict)
     _check_model(model, chosen)
-    if mesh is not None or isinstance(plan, Mapping):
-        raise ValueError(f"replace_: mesh must be None and plan 'auto', got {mesh} and {plan!r}")
-    report, todo = Report(notes=notes, dry_run=dry_run), []
+    layers = make_plan(model, chosen, mesh or Mesh(), plan, strict)
+    report, todo = Report(notes=notes + layers.notes, dry_run=dry_run), []
     for name, module in chosen:
         row, found = _look(name, module, names)
+        row = _sharding(name, module, row, layers)
         if row is not None:
             report.rows.append(row)
         if found is not None:
@@ -61,6 +65,8 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
     if strict and (left := [r for r in report.left if "already" not in r.why]):
         raise_problems("replace_(strict=True)", [f"{r.name}: {r.why}; leave it out with skip=[{r.name!r}]" for r in left])
     if not dry_run:
+        if layers.splits and mesh is not None:
+            split_all(model, list(layers.splits.values()), layers.partial, mesh.tp)
         for module, kind, change in todo:
             module._interlace = change
             module.__class__ = fused_class(kind, change.original)
@@ -70,7 +76,10 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
 
 
 def restore_(model: nn.Module) -> None:
-    """Undo replace_: the original classes and loss function. Parameters are the same objects with the same bits throughout."""
+    """Undo replace_: the original classes and loss function, the same Parameter objects with the same bits. Parameters that were split
+    are gathered, with their gradients: every rank of tp calls it."""
+    if hasattr(model, "_interlace_tp"):
+        whole_all(model)
     for module in model.modules():
         change = vars(module).get("_interlace")
         if isinstance(module, Fused) and change is not None:
@@ -122,7 +131,7 @@ def _check_model(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
     if meta := [n for n, p in params if p.is_meta]:
         problems.append(f"the model must hold its weights, got {meta[0]} and {len(meta) - 1} more on meta; load them first")
     if cut := [n for n, p in params if type(p.data).__name__ == "DTensor"]:
-        problems.append(f"parameters must be plain tensors, got a DTensor in {cut[0]}; call replace_ before fully_shard or parallelize_module")
+        problems.append(f"parameters must be plain tensors, got a DTensor in {cut[0]}; call replace_ before fully_shard")
     dtypes = {p.dtype: n for n, p in reversed(params) if p.is_floating_point()}
     if len(dtypes) > 1:
         some = ", ".join(f"{d} ({n})" for d, n in reversed(dtypes.items()))
@@ -134,7 +143,7 @@ def _check_model(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
             places.setdefault(id(m), []).append(name)
     shared = [p for p in places.values() if len(p) > 1]
     outer = [p for p in shared if not any(p[0].startswith(q[0] + ".") for q in shared)]
-    problems += [f"a module must stand in one place, got one instance at {' and '.join(p)}; leave it out with skip=[{p[0]!r}]" for p in outer]
+    problems += [f"a module must stand in one place, got one instance at {' and '.join(p)}; skip=[{p[0]!r}] leaves it" for p in outer]
     raise_problems("replace_", problems)
 
 
@@ -155,6 +164,21 @@ def _look(name: str, module: nn.Module, names: tuple[str, ...]) -> tuple[Row | N
         return None, None
     at = next(module.parameters(), torch.empty(0))
     return Row(name, old, fused_class(kind, change.original).__name__, implementation(change.kernel, at)), found
+
+
+def _sharding(name: str, module: nn.Module, row: Row | None, layers: _Plan) -> Row | None:
+    """The row with what is split in this module, or why it is whole on every rank."""
+    if "_interlace_split" in vars(module):
+        return Row(name, type(module).__name__, why="already replaced")
+    if name in layers.left:
+        old = row or Row(name, type(module).__name__)
+        return replace(old, why=f"{old.why}; {layers.left[name]}" if old.why else layers.left[name])
+    if name not in layers.splits:
+        return row
+    how = layers.splits[name][1]
+    new = type(module).__name__ if how.make is None else STYLES[how.style][1].__name__
+    kernel = {"column": "copy_gemm", "gather": "copy_gemm", "row": "gemm_ar"}.get(how.style, "")
+    return Row(name, type(module).__name__, new, kernel, how.style, row.why if row else "")
 
 
 def _look_at_loss(model: nn.Module, names: tuple[str, ...], only: Any, skip: list[str], report: Report) -> CausalLoss | None:
@@ -179,18 +203,30 @@ def verify(model: nn.Module, sample: Any, tolerance: float | None = None) -> Ver
     Args: sample: a tensor, a tuple (positional) or a mapping (keyword arguments); the gradient is that of the output `loss` where there
     is one, else of a fixed random projection of all outputs; tolerance: largest difference over the largest value of a tensor
     (default 1e-6 in float64, since many models cast to fp32 inside, 1e-4 in fp32, 5e-2 in bf16, 2e-2 in fp16).
-    Returns: Verification (`.ok`, `.errors`, prints as a table). The model, its gradients, buffers and the random state are left as they were.
-    Raises: ValueError where nothing was replaced.
+    Returns: Verification (`.ok`, `.errors`, prints as a table). The model, its gradients, buffers and the random state stay.
+    Raises: ValueError where nothing was replaced. Under a mesh every rank calls it, and holds the whole model meanwhile.
     """
-    if not any(isinstance(m, Fused) for m in model.modules()) and not isinstance(getattr(model, "loss_function", None), CausalLoss):
+    held: Any = model
+    split = hasattr(model, "_interlace_tp")
+    if not (split or isinstance(getattr(model, "loss_function", None), CausalLoss) or any(isinstance(m, Fused) for m in model.modules())):
         raise ValueError("verify: the model must hold replaced modules, got none; call replace_ first")
     ours = _run(model, sample)
-    with use("original"):
-        stock = _run(model, sample)
+    tp, partial = (held._interlace_tp, [p for p in model.parameters() if hasattr(p, "completed")]) if split else (None, [])
+    splits = whole_all(model) if split else []
+    try:
+        with use("original"):
+            stock = _run(model, sample)
+    finally:
+        if split:
+            split_all(model, splits, partial, tp)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     largest = max((float(g.abs().max()) for n, g in stock.items() if not n.startswith("output") and g.numel()), default=0.0)
     errors = {}
-    for name, want in stock.items():
+    for name in {**stock, **ours}:
+        if name not in ours or name not in stock or ours[name].shape != stock[name].shape:
+            errors[name] = float("inf")                               # an output or a gradient that only one of the two has
+            continue
+        want = stock[name]
         floor = 1e-4 * largest if not name.startswith("output") else 0.0   # a gradient that is zero but for rounding: key biases
         scale = max(float(want.abs().max()), floor) if want.numel() else 0.0
         worst = float((ours[name].double() - want.double()).abs().max()) if want.numel() else 0.0
@@ -216,7 +252,9 @@ def _run(model: nn.Module, sample: Any) -> dict[str, Tensor]:
             loss = sum((t * torch.randn(t.shape, generator=g).to(t)).sum() for t in tensors if t.requires_grad)
         if torch.is_tensor(loss) and loss.requires_grad:
             loss.backward()
-        return {f"output {i}": t.detach() for i, t in enumerate(tensors)} | {n: p.grad for n, p in params.items() if p.grad is not None}
+        tp = getattr(model, "_interlace_tp", None)
+        return {f"output {i}": t.detach() for i, t in enumerate(tensors)} | {
+            n: p.grad if tp is None or not p.dim() else gather(p, p.grad, tp) for n, p in params.items() if p.grad is not None}
     finally:
         for n, p in params.items():
             p.grad = grads[n]

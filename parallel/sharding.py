@@ -100,7 +100,7 @@ def init_parameters(model: nn.Module, seed: int) -> None:
     """Initial weights from the seed and each tensor's global name: the same numbers for every layout and dtype. Parameters without
     pieces, of a user's own module, keep theirs."""
     for name, piece, param in named_pieces(model):
-        if not hasattr(param, "pieces"):
+        if not hasattr(param, "pieces") or param.is_meta:
             continue
         local = piece.local(param)
         if (std := getattr(param, "init_std", None)) is None:

@@ -11,12 +11,16 @@ On a one-rank axis each layer is its own dense reference.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import cross_entropy
-from ..kernels.comm import ag_gemm, copy_gemm, gemm_ar, gemm_rs
+from ..kernels.comm import ag_gemm, all_reduce, copy_gemm, gemm_ar, gemm_rs
 from . import deferred
 from .collectives import reduce_from, reduce_scatter_to, stack_from
 from .mesh import Axis
@@ -54,6 +58,14 @@ class ColumnParallelLinear(nn.Module):
         self.sizes = [p.length for p in pieces]
         init_parameters(self, seed=0)
 
+    @classmethod
+    def from_torch(cls, module: nn.Linear, tp: Axis, *, parts: dict[str, tuple[int, int]] | None = None,
+                   sequence_parallel: bool = False) -> ColumnParallelLinear:
+        """This rank's part of a whole linear layer: its rows are copied, its gradients come out complete."""
+        layer = cls(module.in_features, module.out_features, tp=tp, parts=parts, bias=module.bias is not None,
+                    sequence_parallel=sequence_parallel, dtype=module.weight.dtype, device="meta")
+        return take_part(layer, module, tp)
+
     def forward(self, x: Tensor) -> Tensor:                           # [S(/t), B, D_in] -> [S, B, D_out/t]
         y = deferred.linear(ag_gemm if self.sequence_parallel else copy_gemm, x, self.weight, self.tp.group, self.deferred,
                             gather_x=self.sequence_parallel)
@@ -81,6 +93,13 @@ class RowParallelLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device))               # [D_out]
             set_pieces(self.bias, replicated((out_features,), tp, partial=self.sequence_parallel))
         init_parameters(self, seed=0)
+
+    @classmethod
+    def from_torch(cls, module: nn.Linear, tp: Axis, *, sequence_parallel: bool = False) -> RowParallelLinear:
+        """This rank's part of a whole linear layer: its columns are copied; the bias is whole on every rank."""
+        layer = cls(module.in_features, module.out_features, tp=tp, bias=module.bias is not None, sequence_parallel=sequence_parallel,
+                    dtype=module.weight.dtype, device="meta")
+        return take_part(layer, module, tp)
 
     def forward(self, x: Tensor) -> Tensor:                           # [S, B, D_in/t] -> [S(/t), B, D_out]
         y = deferred.linear(gemm_rs if self.sequence_parallel else gemm_ar, x, self.weight, self.tp.group, self.deferred,
@@ -112,6 +131,16 @@ class VocabParallelEmbedding(nn.Module):
         set_pieces(self.weight, padded("", (num_embeddings, embedding_dim), tp, rows), std=init_std)
         init_parameters(self, seed=0)
 
+    @classmethod
+    def from_torch(cls, module: nn.Embedding, tp: Axis, *, sequence_parallel: bool = False) -> VocabParallelEmbedding:
+        """This rank's rows of a whole table. Raises: ValueError for options of nn.Embedding that have no parallel form."""
+        if module.padding_idx is not None or module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            raise ValueError("VocabParallelEmbedding: padding_idx, max_norm, scale_grad_by_freq and sparse must be unset, got "
+                             f"{module.padding_idx}, {module.max_norm}, {module.scale_grad_by_freq}, {module.sparse}; keep it whole")
+        layer = cls(module.num_embeddings, module.embedding_dim, tp=tp, sequence_parallel=sequence_parallel, dtype=module.weight.dtype,
+                    device="meta")
+        return take_part(layer, module, tp)
+
     def forward(self, ids: Tensor) -> Tensor:
         if self.tp.size == 1:
             return F.embedding(ids, self.weight)
@@ -119,6 +148,37 @@ class VocabParallelEmbedding(nn.Module):
         here = (local >= 0) & (local < self.weight.shape[0])
         y = F.embedding(local.where(here, 0), self.weight) * here.unsqueeze(-1)
         return (reduce_scatter_to if self.sequence_parallel else reduce_from)(y, self.tp)
+
+
+class GatheredLinear(nn.Module):
+    """A linear layer split over its output features, whose output is gathered: x [..., D_in] -> [..., D_out], equal on every rank.
+
+    For heads of models that compute their loss on whole logits; every rank must compute the same from them. The features need not
+    divide: the last ranks hold padding, cut off after the gather. One all-gather forward, one all-reduce of dx backward.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, tp: Axis, bias: bool = False, init_std: float = 0.02,
+                 dtype: torch.dtype | None = None, device: torch.device | str | None = None):
+        super().__init__()
+        self.tp, self.out_features, rows = tp, out_features, -(-out_features // tp.size)
+        self.weight = nn.Parameter(torch.zeros(rows, in_features, dtype=dtype, device=device))           # [D_out/t, D_in]
+        set_pieces(self.weight, padded("", (out_features, in_features), tp, rows), std=init_std)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device))
+            set_pieces(self.bias, padded("", (out_features,), tp, rows))
+        init_parameters(self, seed=0)
+
+    @classmethod
+    def from_torch(cls, module: nn.Linear, tp: Axis) -> GatheredLinear:
+        """This rank's rows of a whole linear layer."""
+        layer = cls(module.in_features, module.out_features, tp=tp, bias=module.bias is not None, dtype=module.weight.dtype, device="meta")
+        return take_part(layer, module, tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = copy_gemm(x, self.weight, self.tp.group)
+        y = y if self.bias is None else y + self.bias
+        return stack_from(y, self.tp).movedim(0, -2).flatten(-2)[..., :self.out_features]
 
 
 class ParallelHead(nn.Module):
@@ -138,6 +198,53 @@ class ParallelHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return deferred.linear(ag_gemm if self.sequence_parallel else copy_gemm, x, self.weight, self.tp.group, self.deferred,
                                gather_x=self.sequence_parallel)
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def take_part(layer: Layer, module: nn.Module, tp: Axis) -> Layer:
+    """Fill a parallel layer that was made on meta with its part of a whole one's parameters, and complete their gradients."""
+    for name, empty in list(layer.named_parameters(recurse=False)):
+        full = getattr(module, name)
+        local = torch.zeros(empty.shape, dtype=full.dtype, device=full.device)
+        copy_part(pieces_of(empty), full.detach(), local)
+        param = nn.Parameter(local, requires_grad=full.requires_grad)
+        set_pieces(param, *pieces_of(empty))
+        setattr(layer, name, param)
+        complete_gradient(param, tp)
+    return layer
+
+
+def copy_part(pieces: Sequence[Piece], full: Tensor, local: Tensor) -> None:
+    """Copy into `local` its pieces of a whole parameter, in which the global tensors of several pieces follow one another."""
+    at = 0
+    for piece in pieces:
+        whole = full.narrow(piece.dim, at, piece.shape[piece.dim])
+        piece.local(local).copy_(piece.of(whole))
+        at += piece.shape[piece.dim]
+
+
+def complete_gradient(param: nn.Parameter, tp: Axis) -> None:
+    """Have the backward itself sum what several ranks hold in parts (`Piece.partial`), and mark the pieces as complete.
+
+    One all-reduce over tp of a buffer with a place for each distinct block. A training loop that calls `reduce_partial_grads` needs it
+    not; a user's own loop does. `param.completed` keeps the hook's handle and the pieces as they were."""
+    before = pieces_of(param)
+    partial = [p for p in before if p.partial]
+    param.pieces = tuple(replace(p, partial=False) for p in before)   # type: ignore[attr-defined]
+    if not partial or not param.requires_grad:
+        return
+
+    def hook(grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        for piece in partial:
+            view, block = piece.local(grad), tp.rank // piece.copies
+            blocks = view.new_zeros(tp.size // piece.copies, *view.shape)
+            blocks[block] = view
+            view.copy_(all_reduce(blocks, tp.group)[block])
+        return grad
+    param.completed = param.register_hook(hook), before  # type: ignore[attr-defined]
 
 
 def head_piece(name: str, shape: tuple[int, ...], heads: int, tp: Axis, at: int) -> Piece:
@@ -166,4 +273,5 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, tp: Axis, *, n
     return loss.view(targets.shape)
 
 
-__all__ = ["ColumnParallelLinear", "ParallelHead", "RowParallelLinear", "VocabParallelEmbedding", "vocab_parallel_cross_entropy"]
+__all__ = ["ColumnParallelLinear", "GatheredLinear", "ParallelHead", "RowParallelLinear", "VocabParallelEmbedding",
+           "vocab_parallel_cross_entropy"]

@@ -5,8 +5,8 @@ import importlib
 import torch
 from torch.overrides import TorchFunctionMode
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61,
-             "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": None}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "vocab_size": 61, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": None}
 MOE = SMALL | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
 MODELS = {                                                            # name -> (folder, class prefix, config)
     "llama": ("llama", "Llama", SMALL),
@@ -15,7 +15,8 @@ MODELS = {                                                            # name -> 
     "qwen3": ("qwen3", "Qwen3", SMALL | {"head_dim": 16}),
     "gemma2": ("gemma2", "Gemma2", SMALL | {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16}),
     "phi3": ("phi3", "Phi3", SMALL),
-    "gpt2": ("gpt2", "GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 64, "bos_token_id": 1, "eos_token_id": None}),
+    "gpt2": ("gpt2", "GPT2", {
+        "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 64, "bos_token_id": 1, "eos_token_id": None}),
     "mixtral": ("mixtral", "Mixtral", SMALL | {"num_local_experts": 4}),
     "qwen3_moe": ("qwen3_moe", "Qwen3Moe", MOE | {"head_dim": 16, "norm_topk_prob": True}),
     "olmoe": ("olmoe", "Olmoe", MOE),
@@ -29,7 +30,7 @@ def make(name, dtype=torch.float64, **more):
     modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     torch.manual_seed(0)
     head = "GPT2LMHeadModel" if name == "gpt2" else f"{prefix}ForCausalLM"
-    model = getattr(modeling, head)(getattr(config, f"{prefix}Config")(**small, **more)).eval()
+    model = getattr(modeling, head)(getattr(config, f"{prefix}Config")(**small | more)).eval()
     if "expert" in "".join(small):
         model.set_experts_implementation("eager")                     # stock's default knows no float64
     with torch.no_grad():
