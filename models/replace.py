@@ -53,7 +53,8 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
     chosen, notes = _chosen(model, None if only is None else list(only), skip, strict)
     _check_model(model, chosen)
     layers = make_plan(model, chosen, mesh or Mesh(), plan, strict)
-    report, todo = Report(notes=notes + layers.notes, dry_run=dry_run), []
+    report = Report(notes=notes + layers.notes, dry_run=dry_run)
+    todo: list[tuple[Any, type, Change]] = []
     for name, module in chosen:
         row, found = _look(name, module, names)
         row = _sharding(name, module, row, layers)
@@ -211,6 +212,7 @@ def verify(model: nn.Module, sample: Any, tolerance: float | None = None) -> Ver
     if not (split or isinstance(getattr(model, "loss_function", None), CausalLoss) or any(isinstance(m, Fused) for m in model.modules())):
         raise ValueError("verify: the model must hold replaced modules, got none; call replace_ first")
     ours = _run(model, sample)
+    tp: Any
     tp, partial = (held._interlace_tp, [p for p in model.parameters() if hasattr(p, "completed")]) if split else (None, [])
     splits = whole_all(model) if split else []
     try:

@@ -38,7 +38,7 @@ class Change:
     """What was done to a module, to undo it: its class and the attributes that changed."""
     original: type
     kernel: str = ""
-    eps: float | None = None
+    eps: Any = None                                                   # a float; None: the dtype's own, as in nn.RMSNorm
     offset: float = 0.0                                               # y = xhat * (offset + w)
     style: str = ""                                                   # sharding: column, row, ...
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -78,10 +78,18 @@ class Fused:
     """Stands before a module's own class. Subclasses say in `forward` when the kernel serves, else call super().forward."""
 
     _interlace: Change
+    forward: Callable[..., Any]                                       # of the original class, and what its instances have
+    weight: Any
+    gate_proj: Any
+    up_proj: Any
+    gate_up_proj: Any
+    down_proj: Any
+    ignore_index: int
+    reduction: str
 
     def __reduce_ex__(self, protocol):
-        _, _, *rest = super().__reduce_ex__(max(2, protocol))         # the class itself has no importable name
-        return _empty, (_kind(type(self)), self._interlace.original), *rest
+        how: Any = super().__reduce_ex__(max(2, protocol))          # the class itself has no importable name
+        return _empty, (_kind(type(self)), self._interlace.original), *how[2:]
 
 
 @functools.cache
@@ -219,7 +227,7 @@ class _GateUp(torch.autograd.Function):
         return dx, *dw, *db, None
 
 
-def _gate_up(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
+def _gate_up(gate: Any, up: Any, x: Tensor) -> Tensor:
     plain = all(type(m) in (nn.Linear, ColumnParallelLinear) and not _hooked(m) for m in (gate, up)) and type(gate) is type(up)
     if plain and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type) and _alike(x, gate.weight, up.weight):
         return _GateUp.apply(x, gate.weight, up.weight, gate.bias, up.bias, gate.tp.group if type(gate) is ColumnParallelLinear else None)
@@ -252,14 +260,14 @@ def _loss(module: nn.Module) -> tuple[type, Change] | str | None:
     return CrossEntropyLoss, Change(type(module), "cross_entropy")
 
 
-def _norm(module: nn.Module) -> tuple[type, Change] | str | None:
+def _norm(module: Any) -> tuple[type, Change] | str | None:
     params = dict(module.named_parameters(recurse=False))
     if list(module.children()) or not {"weight"} <= set(params) <= {"weight", "bias"} or any(p.dim() != 1 for p in params.values()):
         return None
     width = len(module.weight)
     if any(len(p) != width for p in params.values()) or list(module.buffers()):
         return None
-    eps = [v for k, v in vars(module).items() if isinstance(v, float) and 0 <= v < 0.1]
+    eps: list[float | None] = [v for k, v in vars(module).items() if isinstance(v, float) and 0 <= v < 0.1]
     eps += [None] if getattr(module, "eps", 0) is None else []
     probe = _as_probe(module)
     x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(1))
@@ -284,7 +292,7 @@ def _norm(module: nn.Module) -> tuple[type, Change] | str | None:
     return None if not eps else "it is no RMSNorm and no LayerNorm over the last dimension on a probe"
 
 
-def _norm_of(kind: type, x: Tensor, probe: nn.Module, eps: float, offset: float) -> Tensor:
+def _norm_of(kind: type, x: Tensor, probe: Any, eps: float, offset: float) -> Tensor:
     if kind is RMSNorm:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (offset + probe.weight)
     bias = getattr(probe, "bias", None)

@@ -121,7 +121,7 @@ def _by_user(out: Plan, chosen: list[tuple[str, nn.Module]], plan: Mapping[str, 
     out.notes += unmatched
 
 
-def _options(m: nn.Embedding) -> str:
+def _options(m: Any) -> str:
     used = [o for o in ("padding_idx", "max_norm") if getattr(m, o) is not None]
     used += [o for o in ("scale_grad_by_freq", "sparse") if getattr(m, o)]
     return f"an embedding with {', '.join(used)} cannot be split" if used else ""
@@ -150,14 +150,14 @@ def _by_structure(out: Plan, model: Any, chosen: list[tuple[str, nn.Module]], tp
 
 def _attention(out: Plan, name: str, m: Any, children: dict[str, nn.Module], tp: Axis) -> str:
     """Add an attention block to the plan, or say why it stays whole."""
-    four = [children.get(n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    four: list[Any] = [children.get(n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
     if any(type(c) is ColumnParallelLinear for c in four):
         return ""
     if any(type(c) is not nn.Linear for c in four):
         return "query, key, value and output are no four nn.Linear: whole on every rank"
     q, k, v, o = four
     dh = getattr(m, "head_dim", 0)
-    if not isinstance(dh, int) or dh < 1 or any(c.out_features % dh for c in (q, k, v)) or o.in_features != q.out_features:  # type: ignore
+    if not isinstance(dh, int) or dh < 1 or any(c.out_features % dh for c in (q, k, v)) or o.in_features != q.out_features:
         return "its head_dim does not fit its projections: whole on every rank"
     norms = [c for n, c in children.items() if n not in ("q_proj", "k_proj", "v_proj", "o_proj")]
     weights = [p for c in norms for p in c.parameters()]
@@ -165,18 +165,18 @@ def _attention(out: Plan, name: str, m: Any, children: dict[str, nn.Module], tp:
         return "a norm over all heads cannot be computed from some of them: whole on every rank"
     if list(m.parameters(recurse=False)) or list(m.buffers()):
         return "parameters of its own, such as attention sinks, belong to heads: whole on every rank"
-    heads, kv = q.out_features // dh, k.out_features // dh             # type: ignore[union-attr, operator]
-    if v.out_features != k.out_features or heads % kv:                # type: ignore[union-attr]
+    heads, kv = q.out_features // dh, k.out_features // dh
+    if v.out_features != k.out_features or heads % kv:
         return "its key and value heads do not fit: whole on every rank"
     legal = [t for t in range(1, heads + 1) if heads % t == 0 and (kv % t == 0 or t % kv == 0)]
     if tp.size not in legal:
         out.problems.append(f"{name}: {heads} heads over {kv} key / value heads cannot be split over tp={tp.size}, got one that does not "
                             f"divide; use tp in {legal}")
         return ""
-    out.add(f"{name}.q_proj", q, "column", tp, parts={"": (q.out_features, heads)})   # type: ignore
+    out.add(f"{name}.q_proj", q, "column", tp, parts={"": (q.out_features, heads)})
     for n, c in (("k_proj", k), ("v_proj", v)):
-        out.add(f"{name}.{n}", c, "column", tp, parts={"": (c.out_features, kv)})     # type: ignore
-    out.add(f"{name}.o_proj", o, "row", tp)                           # type: ignore[arg-type]
+        out.add(f"{name}.{n}", c, "column", tp, parts={"": (c.out_features, kv)})
+    out.add(f"{name}.o_proj", o, "row", tp)
     out.partial += weights
     mine, mine_kv = heads // tp.size, max(1, kv // tp.size)
     new = {"num_key_value_groups": mine // mine_kv, "num_heads": mine, "num_attention_heads": mine, "num_key_value_heads": mine_kv}
@@ -218,7 +218,8 @@ def _mlp(out: Plan, name: str, m: Any, children: dict[str, nn.Module], tp: Axis)
 
 def _vocabulary(out: Plan, model: Any, names: dict[int, str], tp: Axis) -> None:
     """The input embedding and the output head, as transformers' models name them."""
-    embed, head = (getattr(model, f"get_{w}_embeddings", lambda: None)() for w in ("input", "output"))
+    found: list[Any] = [getattr(model, f"get_{w}_embeddings", lambda: None)() for w in ("input", "output")]
+    embed, head = found
     whole = False                                                     # tied to a table that is not split
     if id(embed) in names and not isinstance(embed, VocabParallelEmbedding):
         name = names[id(embed)]

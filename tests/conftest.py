@@ -7,8 +7,8 @@ sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != pathlib.Path(
 os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")           # gloo alone sums mismatched dtypes in silence
 os.environ.setdefault("OMP_NUM_THREADS", "1")                        # 2 cores: one thread a rank
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
