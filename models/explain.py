@@ -438,8 +438,8 @@ def explain(config: Config, world: int, vocab_size: int | None = None) -> str:
     for axis, rows in sent[worst].items():
         if not rows and axis not in ("tp", "dp"):
             continue
-        total = human(sum(x.bytes for x in rows))
-        lines += ["", f"sent by each rank in a step, over {axis}: {total}" + ("" if rows else _nothing(layout, axis))]
+        whole = human(sum(x.bytes for x in rows))
+        lines += ["", f"sent by each rank in a step, over {axis}: {whole}" + ("" if rows else _nothing(layout, axis))]
         lines += [f"    {x.cause:<40}{x.op:<16}{x.calls:>7,} x {human(x.bytes / x.calls):>10} {human(x.bytes):>12}" for x in rows]
         if axis == "ep":
             lines.append(f"    (balanced routing: a token goes to {remote_rows(m, layout.ep):.2f} other ranks in the mean)")
