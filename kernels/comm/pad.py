@@ -4,6 +4,7 @@
     pads = Pad.virtual(world, "gemm_ar", nbytes, flags, device)   ranks that are only streams: all pads in this process
     pad.agree(key)                                            collective, once per key: all ranks were called alike
     pad.check()                                               raises what a wait that ran out has written
+    pad.settle()                                              collective: nobody runs a kernel over it, nobody's wait has run out
 
 Memory    one allocation a rank: [flag words: 2 stages x world x flags, int32 | buffer 0 | buffer 1], nbytes a buffer.
           Beside it, of this rank alone: `peers` int64 [world], the address of every rank's allocation; `local` int32: epoch, programs
@@ -11,7 +12,7 @@ Memory    one allocation a rank: [flag words: 2 stages x world x flags, int32 | 
           looking at it costs no synchronisation.
 Backends  CPU: the memory of a SymmHeap (POSIX shared memory without a name).  CUDA: torch symmetric memory, several processes on
           one GPU too (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1; without multicast then).  Virtual: plain tensors.
-Graphs    nothing here runs per call but check(): addresses and the epoch are in device memory. Make pads, and call an op once,
+Graphs    nothing here runs per call but agree(): addresses and the epoch are in device memory. Make pads, and call an op once,
           before capture.
 """
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Pad:
     _keep: list[Any]                                                  # what the addresses lie in
     share = 1                                                         # ranks on this rank's GPU
     multicast = 0                                                     # the multicast address of the allocation, 0 without one
+    fed_by: Pad | None = None                                         # whose kernel sends into this one, onward
+    owed = ""                                                         # what was sent onward into this pad and is not yet taken
 
     def __init__(self, group: dist.ProcessGroup | None, op: str, nbytes: int, flags: int, device: torch.device | str = "cpu", *,
                  polls: int | None = None, start: int = 0):
@@ -120,6 +123,7 @@ class Pad:
         self.local.zero_()
         self.local[:1].fill_(start)
         self.error.zero_()
+        self.owed = ""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -130,11 +134,14 @@ class Pad:
     def agree(self, key: str) -> None:
         """Every rank calls its op in the same way: `key` names shapes, dtype, tiles and grid. Exchanged at the first call with it.
 
-        Raises: CollectiveMismatch on every rank, naming both. The pad stays usable."""
+        Raises: CollectiveMismatch on every rank, naming both; the pad stays usable. TimeoutError as check(), at a first call on every
+        rank: one that left an exchange out would leave the others in it."""
         if key not in self._agreed:
             if self.group is not None:
+                self.settle()
                 self._agree((self.op, key), "called")
             self._agreed.add(key)
+        self.check()
 
     def _agree(self, mine: tuple, what: str) -> None:
         digest = hashlib.sha256(repr(mine).encode()).hexdigest()
@@ -144,16 +151,31 @@ class Pad:
                 raise CollectiveMismatch(f"{self.op}: rank 0 of group '{self.name}' {what} {every[0][1]}, but rank {r} {what} {text}; "
                                          f"every rank must make the same call (this is rank {self.rank})")
 
+    def settle(self) -> None:
+        """Collective. When it returns, every kernel over the pad has ended, on all ranks. Raises: TimeoutError, on all of them where a
+        wait of any ran out."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        every = [self.failure()] if self.group is None else _exchange(self.failure(), self.group)
+        if first := next(filter(None, every), ""):
+            raise TimeoutError(self.failure() or first)
+
     def check(self) -> None:
         """Raises: TimeoutError where a wait of an earlier call ran out. No device synchronisation where none has."""
-        if self.device.type == "meta" or not self.error[0]:
-            return
+        if self.device.type != "meta" and (self.error[0] or self.fed_by):
+            if text := self.failure():
+                raise TimeoutError(text)
+
+    def failure(self) -> str:
+        """Which wait of this rank ran out, "" for none."""
+        if not self.error[0]:
+            return self.fed_by.failure() if self.fed_by else ""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)                       # the other five words
         _, op, epoch, source, word, got = self.error.tolist()
-        raise TimeoutError(f"{OPS[op]}: no signal from rank {source} of group '{self.name}' to rank {self.rank} after {self.polls} polls; "
-                           f"waited for epoch {epoch} in flag {word % self.flags}, it had signalled {got}. Its result holds NaN. Do all "
-                           "ranks make the same calls in the same order? After mending that, reset() the pad on all ranks")
+        return (f"{OPS[op]}: no signal from rank {source} of group '{self.name}' to rank {self.rank} after {self.polls} polls; "
+                f"waited for epoch {epoch} in flag {word % self.flags}, it had signalled {got}. Its result holds NaN. Do all "
+                "ranks make the same calls in the same order? After mending that, reset() the pad on all ranks")
 
     def reset(self, start: int = 0) -> None:
         """Make the pad new after a TimeoutError. Collective: no rank may still run a kernel over it."""
@@ -168,14 +190,13 @@ class Pad:
         return nbytes <= self.nbytes and flags <= self.flags
 
     def demand(self, nbytes: int, flags: int) -> None:
-        """Before every launch: check(), and room for the call. Raises: ValueError, on all ranks alike."""
-        self.check()
+        """Before every launch: room for the call. Raises: ValueError, on all ranks alike."""
         if not self.fits(nbytes, flags) and self.device.type != "meta":
             raise ValueError(f"{self.op}: the pad of group '{self.name}' must hold {nbytes} bytes and {flags} flags, got {self.nbytes} and "
                              f"{self.flags}; make it with needs() of the largest call")
 
 
-_pads: dict[tuple[int, str, int], Pad] = {}
+_pads: dict[tuple[int, str, int, str], Pad] = {}
 
 
 def pad_of(group: dist.ProcessGroup, op: str, nbytes: int, flags: int, device: torch.device, slot: int = 0) -> Pad:
@@ -183,7 +204,7 @@ def pad_of(group: dist.ProcessGroup, op: str, nbytes: int, flags: int, device: t
 
     nbytes and flags are functions of shapes that are equal on all ranks, so all of them grow it in the same call.
     Raises: RuntimeError while a CUDA graph is captured: run the op once before."""
-    key = (id(group), op, slot)
+    key = (id(group), op, slot, device.type)
     pad = _pads.get(key)
     if pad is None or not pad.fits(nbytes, flags):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -192,7 +213,7 @@ def pad_of(group: dist.ProcessGroup, op: str, nbytes: int, flags: int, device: t
         if pad is None:
             weakref.finalize(group, _pads.pop, key, None)
         else:
-            pad.check()
+            pad.settle()                                              # before its memory is given back: peers may still write there
             nbytes, flags = max(nbytes, pad.nbytes), max(flags, pad.flags)
         pad = _pads[key] = Pad(group, op, nbytes, flags, device)
     return pad
