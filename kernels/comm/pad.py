@@ -25,12 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .heap import CollectiveMismatch, SymmHeap, _exchange, _host
+from ..dispatch import INTERPRET
+from .heap import CollectiveMismatch, SymmHeap, _exchange, _host, heap_of
 
-__all__ = ["OPS", "Pad", "pad_of"]
+__all__ = ["OPS", "Pad", "pad_of", "pad_room"]
 
 OPS = ("all_reduce", "gemm_ar", "all_gather", "ag_gemm", "reduce_scatter", "gemm_rs", "rs_residual_norm")
 COUNTERS = 1 << 16
+ROOM = 1 << 30                                                        # bytes of both buffers, from which on a call needs no overlap
 _POLLS = {"cuda": 1 << 28, "cpu": 1 << 19}                            # at 0.5 to 1 us and at 30 to 100 us a poll: minutes, both
 
 
@@ -217,3 +219,32 @@ def pad_of(group: dist.ProcessGroup, op: str, nbytes: int, flags: int, device: t
             nbytes, flags = max(nbytes, pad.nbytes), max(flags, pad.flags)
         pad = _pads[key] = Pad(group, op, nbytes, flags, device)
     return pad
+
+
+_rooms: dict[tuple[int, str], int] = {}
+
+
+def pad_room(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> int:
+    """Bytes a pad over `group` may have, 0 where its ranks cannot reach each other's memory or no kernel takes x's type. Collective
+    at its first use on a group: one answer on all ranks. CPU tensors have pads for the interpreter alone."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or (x.is_cpu and not INTERPRET):
+        return 0
+    if isinstance(group, SymmHeap):
+        group = group.group
+    key = (id(group), x.device.type)
+    if key not in _rooms:
+        _rooms[key] = ROOM if (heap_of(group) is not None if x.is_cpu else _symmetric(group, x.device)) else 0
+        weakref.finalize(group, _rooms.pop, key, None)
+    return _rooms[key]
+
+
+def _symmetric(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether all ranks of the group can map each other's GPU memory: one host, NVLink or peer access. Collective."""
+    if dist.get_world_size(group) == 1 or len(set(_exchange(_host(), group))) > 1:
+        return False
+    try:
+        Pad(group, "all_reduce", 256, 1, device)
+        works = True
+    except (RuntimeError, OSError, ImportError):                      # no peer access, no driver support, a torch without it
+        works = False
+    return all(_exchange(works, group))
