@@ -1,5 +1,5 @@
-"""The public communication ops through the Triton kernels, interpreted: forward and backward against one process in fp64 by the rule of each
-op's own test, and the path said is the path taken; then the rule for CUDA by itself."""
+"""The public communication ops through the Triton kernels, interpreted: forward and backward against one process in fp64 by the rule of
+each op's own test, and the path said is the path taken; then the rule for CUDA by itself."""
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +15,13 @@ from interlace.kernels.comm.choose import KERNELS, choose
 interpreted = pytest.mark.skipif(not dispatch.INTERPRET, reason="needs TRITON_INTERPRET=1")
 
 
+def _counted(counts, name, real):
+    def call(pad, *args, **options):
+        counts[pad.op, name] = counts.get((pad.op, name), 0) + 1
+        return real(pad, *args, **options)
+    return call
+
+
 def _launched(rank, check, kernels, op, name, *args):
     """Runs check and holds paths_taken() against the kernels that were launched."""
     from interlace.kernels.comm import agree, triton_ag, triton_ar, triton_rs
@@ -23,10 +30,7 @@ def _launched(rank, check, kernels, op, name, *args):
     counts = {}
     with pytest.MonkeyPatch.context() as patch:
         for module, fn in ((triton_ar, "launch"), (triton_ag, "launch"), (triton_rs, "push"), (triton_rs, "take")):
-            def counted(pad, *a, real=getattr(module, fn), fn=fn, **kw):
-                counts[pad.op, fn] = counts.get((pad.op, fn), 0) + 1
-                return real(pad, *a, **kw)
-            patch.setattr(module, fn, counted)
+            patch.setattr(module, fn, _counted(counts, fn, getattr(module, fn)))
         check(rank, *args)
     assert all(counts.get(k) for k in kernels), f"{kernels} should have run, got {counts}"
     lines = [line for line in paths_taken() if line.startswith(f"{op} [")]

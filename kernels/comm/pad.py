@@ -164,9 +164,8 @@ class Pad:
 
     def check(self) -> None:
         """Raises: TimeoutError where a wait of an earlier call ran out. No device synchronisation where none has."""
-        if self.device.type != "meta" and (self.error[0] or self.fed_by):
-            if text := self.failure():
-                raise TimeoutError(text)
+        if self.device.type != "meta" and (self.error[0] or self.fed_by) and (text := self.failure()):
+            raise TimeoutError(text)
 
     def failure(self) -> str:
         """Which wait of this rank ran out, "" for none."""

@@ -15,8 +15,8 @@ BARRIER, RELEASE and ACQUIRE are parameters for the negative controls only: test
 from ..dispatch import tl, triton
 from . import protocol
 
-__all__ = ["before", "blocks_of", "buffer_of", "cells", "finish", "first_row", "flag_word", "going", "last", "next_epoch", "owned_slot", "owner_of",
-           "part_slot", "peer_of", "signal", "signal_all", "wait"]
+__all__ = ["before", "blocks_of", "buffer_of", "cells", "finish", "first_row", "flag_word", "going", "last", "next_epoch", "owned_slot",
+           "owner_of", "part_slot", "peer_of", "signal", "signal_all", "wait"]
 
 # The same text as the step tables.
 buffer_of, flag_word, peer_of, before, owner_of, part_slot, owned_slot, first_row, blocks_of = map(triton.jit, (

@@ -119,9 +119,10 @@ def _take_kernel(y_ptr, res_ptr, weight_ptr, bias_ptr, h_ptr, rstd_ptr, mean_ptr
                 tl.store(y_ptr + row64 * N + offs, y, mask=mask)
                 if PUSH:
                     there = next_data + buffer_of(next_epoch(next_local_ptr), BUFFERS).to(tl.int64) * next_nbytes
+                    sent = offs < tl.where(go, N, 0)
                     for p in range(1, world):
                         target = cells(next_peers_ptr, peer_of(rank, p, world), there, DTYPE)
-                        tl.store(target + (part_slot(rank, 0, blocks).to(tl.int64) * BM + row64) * N + offs, y, mask=offs < tl.where(go, N, 0))
+                        tl.store(target + (part_slot(rank, 0, blocks).to(tl.int64) * BM + row64) * N + offs, y, mask=sent)
         if PUSH:  # noqa: SIM102                                      a constexpr and a tensor: two kinds of if
             if last(local_ptr, block, BM // ROWS, BARRIER):
                 go = going(local_ptr)                                 # of all who worked on the block
