@@ -5,6 +5,7 @@ import torch.distributed as dist
 from ..kernels.comm import heap_of
 from ..kernels.comm.choose import choose
 from ..kernels.comm.heap import WHY_NOT
+from ..kernels.comm.pad import pad_room
 
 __all__ = ["path"]
 
@@ -17,13 +18,14 @@ def path(op: str, group: dist.ProcessGroup | None, device: str, shape: tuple[int
     if group is None or dist.get_world_size(group) == 1:
         return "one rank: nothing is communicated"
     heap = heap_of(group) if device == "cpu" else None
+    room = heap.nbytes if heap is not None else pad_room(torch.empty(0, dtype=dtype, device=device), group) if device != "cpu" else 0
     side = "; communicates in the backward" if op in DUALS else ""
     if inner is not None:
         rows, cols = shape                                            # type: ignore[misc]
         return str(choose(DUALS.get(op, op), rows, cols, inner, dtype.itemsize, dist.get_world_size(group), device,
-                          heap.nbytes if heap is not None else 0)) + side
+                          room)) + side
     if device != "cpu":
-        return "torch.distributed: there is no heap for CUDA tensors yet"
+        return str(choose(op, torch.Size(shape).numel(), 1, 0, dtype.itemsize, dist.get_world_size(group), device, room))
     if heap is None:
         return f"torch.distributed: no shared memory among these ranks{f' ({WHY_NOT})' if WHY_NOT else ''}"
     n = dtype.itemsize * torch.Size(shape).numel()

@@ -29,8 +29,8 @@ except ImportError:                                                   # no wheel
 
         constexpr = None
 
-        def jit(self, fn):
-            return fn
+        def jit(self, fn=None, **_):
+            return fn or self.jit
 
     triton = tl = _Absent()
 

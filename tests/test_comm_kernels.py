@@ -269,22 +269,112 @@ def test_calls_that_differ_interpret():
 
 
 def _late(rank):
-    pad = make(2, "all_reduce", [(1 << 16, 64)], start=0, polls=300)
-    x = torch.ones(40, 10)
+    pad = make(2, "all_reduce", [(1 << 16, 64)], start=0)
+    x, enough = torch.ones(40, 10), pad.polls
     assert triton_ar.launch(pad, x).eq(2).all()
     if rank == 0:
+        pad.polls = 300
         with stalls(0), pytest.raises(TimeoutError, match=r"all_reduce: no signal from rank 1 of group '.*' to rank 0 after 300 polls; "
                                       r"waited for epoch 2 in flag \d+, it had signalled 1"):
             triton_ar.launch(pad, x)
         with pytest.raises(TimeoutError, match="no signal from rank 1"):
             triton_ar.launch(pad, x)                                  # out of use until all reset it
     dist.barrier()
+    pad.polls = enough
     pad.reset()
     assert triton_ar.launch(pad, x).eq(2).all()
 
 
 def test_a_rank_that_does_not_come_interpret():
     run(2, _late)
+
+
+def _call(pad, kind, rank, value):
+    """(result, what it should be) of a call whose data is `value` at rank 0 and value + 1 at rank 1."""
+    x, M = torch.full((40, 16), float(value + rank)), 40
+    if kind == "gather":
+        return triton_ag.launch(pad, x[:20].clone(), M), torch.full((40, 16), float(value)).add_((torch.arange(40) >= 20)[:, None])
+    if kind == "scatter":
+        triton_rs.push(pad, x)
+        return triton_rs.take(pad, M, 16, x.dtype, False)[0], torch.full((20, 16), 2.0 * value + 1)
+    return triton_ar.launch(pad, x, two_shot=kind == "two_shot"), torch.full((40, 16), 2.0 * value + 1)
+
+
+def _late_and_wrong(rank, kind):
+    """Rank 0's wait runs out in its second call; three more are queued ahead of its host's look. Then rank 1 makes its calls."""
+    pad = make(2, "all_reduce", [(1 << 16, 64)], start=0)
+    enough, seen = pad.polls, 0
+    assert torch.equal(*_call(pad, kind, rank, 10))
+    dist.barrier()
+    if rank == 0:
+        pad.polls, pad.check = 50, lambda: None
+        for call in range(4):
+            _call(pad, kind, rank, 20 + 10 * call)
+        del pad.check
+        with pytest.raises(TimeoutError, match=r"all_reduce: no signal from rank 1 of group '.*' to rank 0 .* waited for epoch 2 in flag"):
+            pad.check()
+    dist.barrier()
+    if rank == 1:
+        pad.polls = 50
+        for call in range(4):
+            try:
+                assert torch.equal(*_call(pad, kind, rank, 20 + 10 * call)), f"wrong data without an error in call {call + 2}"
+            except TimeoutError:
+                seen += 1
+        assert seen == (3 if kind in ("gather", "scatter") else 4)    # these had sent all of a call before they waited: it is whole
+    dist.barrier()
+    with pytest.raises(TimeoutError, match="no signal from rank"):    # a first call is collective: both ranks hear of it
+        pad.agree("another call")
+    pad.polls = enough
+    pad.reset()
+    for call in range(3):
+        assert torch.equal(*_call(pad, kind, rank, 60 + 10 * call))
+
+
+@pytest.mark.parametrize("kind", ["one_shot", "two_shot", "gather", "scatter"])
+def test_a_late_rank_gets_no_wrong_data_interpret(kind):
+    run(2, _late_and_wrong, kind)
+
+
+def _one_error(rank):
+    """Only rank 0 has a wait that ran out, when both need a larger pad."""
+    group, cpu = dist.group.WORLD, torch.device("cpu")
+    pad = pad_of(group, "gemm_rs", 1 << 12, 8, cpu)
+    if rank == 0:
+        pad.error[0] = 1
+    with pytest.raises(TimeoutError, match=r"no signal from rank 0 of group '.*' to rank 0"):
+        pad_of(group, "gemm_rs", 1 << 14, 8, cpu)
+    assert pad_of(group, "gemm_rs", 1 << 12, 8, cpu) is pad
+    pad.reset()
+    assert pad_of(group, "gemm_rs", 1 << 14, 8, cpu) is not pad
+
+
+def test_all_ranks_hear_of_an_error_before_a_pad_grows_interpret():
+    run(2, _one_error)
+
+
+def _onward_twice(rank):
+    """Rows sent onward must be taken: a second send would be of the same epoch, over rows that are still read."""
+    M, N, dt = 8, 16, torch.float32
+    pad = make(2, "rs_residual_norm", [triton_rs.needs(M, N, dt, 2, False)])
+    onward = make(2, "all_gather", [triton_ag.needs(M, N, dt, 2)])
+    x, residual, w = torch.ones(M, N), torch.zeros(M // 2, N), torch.ones(N)
+    send = lambda to: (triton_rs.push(pad, x), triton_rs.take(pad, M, N, dt, False, residual, w, onward=to))[1]  # noqa: E731
+    y = send(onward)[1]
+    triton_rs.push(pad, x)
+    with pytest.raises(ValueError, match=r"sent onward before must run first, got 8 x 16 torch.float32 not yet taken"):
+        triton_rs.take(pad, M, N, dt, False, residual, w, onward=onward)
+    triton_rs.take(pad, M, N, dt, False, residual, w)
+    with pytest.raises(ValueError, match=r"a gather must take the rows that were sent onward to it, 8 x 16 torch.float32, got .*=False"):
+        triton_ag.launch(onward, y, M)
+    assert torch.equal(triton_ag.launch(onward, y, M, pushed=True), torch.cat([y, y]))
+    with pytest.raises(ValueError, match=r"a gather must take the rows that were sent onward to it, none, got .* pushed=True"):
+        triton_ag.launch(onward, y, M, pushed=True)
+    assert torch.equal(triton_ag.launch(onward, y, M), torch.cat([y, y]))
+
+
+def test_rows_sent_onward_are_taken_once_interpret():
+    run(2, _onward_twice)
 
 
 def test_a_result_that_missed_a_part_is_nan_interpret():

@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interlace.models import config as module
@@ -116,6 +116,7 @@ VALUES = {"model.num_layers": st.integers(1, 1 << 40), "model.activation": st.sa
            "optim.betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2)}
 
 
+@settings(deadline=None)                                              # on a busy machine one of 100 takes seconds
 @given(st.fixed_dictionaries({}, optional=VALUES))
 def test_what_is_written_reads_back(tmp_path_factory, values):
     nested: dict = {}

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..dispatch import INTERPRET
 from .choose import Path, choose
 from .heap import CODES, CollectiveMismatch, SymmHeap, heap_of
+from .pad import pad_room
 from .registry import Group, group_size
 
 __all__ = ["agree", "check_device", "choose_path", "paths_taken"]
@@ -34,6 +36,8 @@ def choose_path(op: str, rows: int, cols: int, inner: int, x: Tensor, group: Gro
         return _choose(op, rows, cols, inner, x.dtype, 1, "cpu", 0, False), None
     if not x.is_cpu:
         check_device(op, x, group)
+    if (INTERPRET or not x.is_cpu) and (room := pad_room(x, group)):
+        return _choose(op, rows, cols, inner, x.dtype, group_size(group), "cuda", room, whole), None
     heap = heap_of(group) if x.is_cpu and x.dtype in CODES else None
     world = heap.size if heap is not None else group_size(group)
     device = "cpu" if heap is not None else x.device.type

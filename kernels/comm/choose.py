@@ -15,28 +15,41 @@ the same arguments, or is told so by the op's descriptor, hence the same answer:
 
 T_skew is what a rank waits for the slowest at a meeting, 1% of the GEMM before it; a walk absorbs all but the last's, 1/p of it.
 In a walk s: gemm_ar W + 1, the others 2. Else s: gemm_ar one-shot W + 1, two-shot (from 256 KB) 3; gemm_rs 1 + 2/W; ag_gemm 2 W.
+
+On CUDA, where the ranks reach each other's memory, `slot` is the room of a pad, and the plain collectives (inner 0) choose too:
+    one-shot kernel       max(t T_gemm, (W-1) b / B) + T_tick + (W+1) b / H     up to 1 MB: the pad is 2 W b
+    two-shot kernel       max(t T_gemm, v b / B) + 2 T_tick + (W+2)/W b / H     all_reduce and gemm_ar, these two
+    overlapped kernel     max(t T_gemm, v b / B) + T_tick + s b / H             s: (W+1)/W where rows are summed, else 0
+    kernel, then GEMM     T_gemm + v b / B + T_tick                             ag_gemm that returns the gathered x
+B: the link, H: the memory of the GPU, t: what a GEMM that overlaps may cost beside one that does not. B, t and the seconds of
+HOPPER are a model until measured.
 A device has the paths of PATHS, no other.
 """
 from dataclasses import dataclass
 
-__all__ = ["CPU", "PATHS", "Machine", "Path", "choose"]
+__all__ = ["CPU", "HOPPER", "KERNELS", "PATHS", "Machine", "Path", "choose"]
 
-PATHS = {"cpu": ("heap, walked", "heap, staged", "heap, copied", "torch.distributed"), "cuda": ("torch.distributed",)}
+KERNELS = ("one-shot kernel", "two-shot kernel", "overlapped kernel", "kernel, then GEMM")
+PATHS = {"cpu": ("heap, walked", "heap, staged", "heap, copied", "torch.distributed"), "cuda": (*KERNELS, "torch.distributed")}
+ONE_SHOT, WIDEST_NORM = 1 << 20, 16384                                # bytes; elements of a row that one program can hold
 _WALKED, _STAGED = ("gemm_ar", "gemm_rs", "ag_gemm"), ("gemm_ar", "gemm_rs")
 SKEW, LEAST_ROWS = 0.01, 64                                           # blocks of fewer rows than 64 cost the GEMM over 10%
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Of one rank. The defaults were measured on 2 Zen 4 cores, one thread a rank; gloo's over one host."""
+    """Of one rank. The defaults were measured on 2 Zen 4 cores, one thread a rank; gloo's over one host. HOPPER: flops and bandwidth
+    as published for H200, the rest assumed."""
     flops: float = 70e9                                               # FLOP/s of a GEMM
     bandwidth: float = 12e9                                           # bytes/s of a copy or a sum, read and written
     tick: float = 4e-6                                                # seconds of a meeting, Python included
     call: float = 120e-6                                              # of a torch.distributed collective
     link: float = 1.2e9                                               # bytes/s of a torch.distributed collective
+    tax: float = 1.0                                                  # a GEMM inside an overlapped kernel against one outside
 
 
 CPU = Machine()
+HOPPER = Machine(flops=790e12, bandwidth=4.3e12, tick=4e-6, call=20e-6, link=380e9, tax=1.08)
 
 
 @dataclass(frozen=True)
@@ -72,19 +85,46 @@ def _times(op: str, rows: int, cols: int, inner: int, itemsize: int, world: int,
     return times
 
 
-_WHY = {"heap, walked": "blocks of the product meet in the heap, ranks a block apart do not wait",
+def _kernel_times(op: str, rows: int, cols: int, inner: int, itemsize: int, world: int, room: int, whole: bool,
+                  m: Machine) -> dict[str, float]:
+    b, W = rows * cols * itemsize, world
+    gemm = 2.0 * rows * cols * inner * (W if op == "ag_gemm" else 1) / m.flops
+    sums, gathers = op in ("gemm_ar", "all_reduce"), op in ("ag_gemm", "all_gather")
+    sent = b * (2 * (W - 1) / W if sums else W - 1 if gathers else (W - 1) / W) / m.link
+    times = {"torch.distributed": gemm + m.call + sent}
+    if not b or (not inner and op in ("gemm_ar", "gemm_rs", "ag_gemm")) or (op == "rs_residual_norm" and cols > WIDEST_NORM):
+        return times
+    if sums:
+        if b <= ONE_SHOT and 2 * W * b <= room:
+            times["one-shot kernel"] = max(m.tax * gemm, (W - 1) * b / m.link) + m.tick + (W + 1) * b / m.bandwidth
+        if 4 * b <= room:
+            times["two-shot kernel"] = max(m.tax * gemm, sent) + 2 * m.tick + (W + 2) / W * b / m.bandwidth
+    elif 2 * b * (W if gathers else 1) <= room:
+        if whole:
+            times["kernel, then GEMM"] = gemm + sent + m.tick
+        else:
+            times["overlapped kernel"] = max(m.tax * gemm, sent) + m.tick + (0 if gathers else (W + 1) / W) * b / m.bandwidth
+    return times
+
+
+_WHY = {"one-shot kernel": "parts go to all ranks, each sums them as they come",
+        "two-shot kernel": "parts go to the owner of a tile, sums from there to all, while the next tile is computed",
+        "overlapped kernel": "tiles are sent and taken while others are computed",
+        "kernel, then GEMM": "the gathered x is wanted too, in one piece",
+        "heap, walked": "blocks of the product meet in the heap, ranks a block apart do not wait",
         "heap, staged": "the GEMM writes into the buffer, the sum reads it there",
         "heap, copied": "the collective over the heap, before or after one GEMM"}
 
 
 def choose(op: str, rows: int, cols: int, inner: int, itemsize: int, world: int, device: str = "cpu", slot: int = 0,
-           whole: bool = False, machine: Machine = CPU) -> Path:
+           whole: bool = False, machine: Machine | None = None) -> Path:
     """The cheapest path that exists on `device`; the first of PATHS on a tie. whole: ag_gemm returns the gathered x too."""
+    machine = machine or (HOPPER if device == "cuda" else CPU)
     if world == 1:
         return Path("one rank", 2.0 * rows * cols * inner / machine.flops, "nothing is communicated")
-    times = _times(op, rows, cols, inner, itemsize, world, slot if device == "cpu" else 0, whole, machine)
+    times = (_kernel_times if device == "cuda" else _times)(op, rows, cols, inner, itemsize, world, slot, whole, machine)
     order = [name for name in PATHS.get(device, ("torch.distributed",)) if name in times]
     name = min(order, key=times.__getitem__)
-    why = _WHY.get(name) or ("there is no heap for this device" if device != "cpu" else "these ranks share no memory" if not slot
-                             else "it is predicted to be faster than the heap")
+    why = _WHY.get(name) or ("these ranks share no memory" if not slot else "no kernel here takes it" if len(order) == 1
+                             else "it is predicted to be faster than the heap" if device == "cpu" else "the GEMM alone is faster enough")
     return Path(name, times[name], why, tuple((n, times[n]) for n in order))

@@ -13,7 +13,9 @@ saved pass. Which path, and what it costs: choose.py.
 """
 from torch import Tensor
 
+from . import overlap
 from .agree import agree, choose_path
+from .choose import KERNELS
 from .collectives import all_reduce
 from .gemm import check_gemm, flat, gemm, wide
 from .registry import Group, register
@@ -34,6 +36,8 @@ def reduced_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
     path, heap = choose_path("gemm_ar", a.shape[0], b.shape[1], a.shape[1], a, group)
     if path.name == "one rank":
         return gemm(a, b)
+    if path.name in KERNELS:
+        return overlap.summed("gemm_ar", a, b.t(), path, group)
     (M, K), N = a.shape, b.shape[1]
     if path.name == "heap, walked":
         return summed_product("gemm_ar", a, b, heap, 0, M)

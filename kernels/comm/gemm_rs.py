@@ -10,7 +10,9 @@ Source    sequence parallelism, arXiv:2205.05198
 """
 from torch import Tensor
 
+from . import overlap
 from .agree import agree, choose_path
+from .choose import KERNELS
 from .collectives import _gather, all_gather, reduce_scatter
 from .gemm import check_gemm, flat, gemm
 from .registry import Group, group_size, register
@@ -36,6 +38,8 @@ def scattered_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
     path, heap = choose_path("gemm_rs", M, N, K, a, group)
     if path.name == "one rank":
         return gemm(a, b)
+    if path.name in KERNELS:
+        return overlap.scattered(a, b.t(), group)                     # type: ignore[return-value]
     if path.name == "heap, walked":
         part = M // heap.size
         return summed_product("gemm_rs", a, b, heap, heap.rank * part, (heap.rank + 1) * part)
@@ -60,9 +64,11 @@ def _ag_gemm_run(x: Tensor, w: Tensor, gathered: bool, group: Group) -> tuple[Te
     shape = (x.shape[0] * group_size(group), *x.shape[1:-1], w.shape[0])
     if path.name == "heap, walked":
         return gathered_product(rows, b, heap).view(shape), none
+    if path.name == "overlapped kernel":
+        return overlap.gathered_product(rows, w, group).view(shape), none
     if heap is not None:
         heap.serve("ag_gemm", m, K, N)
-    elif path.name != "one rank":
+    elif path.name == "torch.distributed":
         agree("ag_gemm", group, rows=m, cols=K, inner=N, dtype=x.dtype)
     xs = all_gather(rows, heap or group)
     return gemm(xs, b).view(shape), xs if gathered else none

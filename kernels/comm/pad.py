@@ -4,6 +4,7 @@
     pads = Pad.virtual(world, "gemm_ar", nbytes, flags, device)   ranks that are only streams: all pads in this process
     pad.agree(key)                                            collective, once per key: all ranks were called alike
     pad.check()                                               raises what a wait that ran out has written
+    pad.settle()                                              collective: nobody runs a kernel over it, nobody's wait has run out
 
 Memory    one allocation a rank: [flag words: 2 stages x world x flags, int32 | buffer 0 | buffer 1], nbytes a buffer.
           Beside it, of this rank alone: `peers` int64 [world], the address of every rank's allocation; `local` int32: epoch, programs
@@ -11,7 +12,7 @@ Memory    one allocation a rank: [flag words: 2 stages x world x flags, int32 | 
           looking at it costs no synchronisation.
 Backends  CPU: the memory of a SymmHeap (POSIX shared memory without a name).  CUDA: torch symmetric memory, several processes on
           one GPU too (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1; without multicast then).  Virtual: plain tensors.
-Graphs    nothing here runs per call but check(): addresses and the epoch are in device memory. Make pads, and call an op once,
+Graphs    nothing here runs per call but agree(): addresses and the epoch are in device memory. Make pads, and call an op once,
           before capture.
 """
 from __future__ import annotations
@@ -24,12 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .heap import CollectiveMismatch, SymmHeap, _exchange, _host
+from ..dispatch import INTERPRET
+from .heap import CollectiveMismatch, SymmHeap, _exchange, _host, heap_of
 
-__all__ = ["OPS", "Pad", "pad_of"]
+__all__ = ["OPS", "Pad", "pad_of", "pad_room"]
 
 OPS = ("all_reduce", "gemm_ar", "all_gather", "ag_gemm", "reduce_scatter", "gemm_rs", "rs_residual_norm")
 COUNTERS = 1 << 16
+ROOM = 1 << 30                                                        # bytes of both buffers, from which on a call needs no overlap
 _POLLS = {"cuda": 1 << 28, "cpu": 1 << 19}                            # at 0.5 to 1 us and at 30 to 100 us a poll: minutes, both
 
 
@@ -46,6 +49,8 @@ class Pad:
     _keep: list[Any]                                                  # what the addresses lie in
     share = 1                                                         # ranks on this rank's GPU
     multicast = 0                                                     # the multicast address of the allocation, 0 without one
+    fed_by: Pad | None = None                                         # whose kernel sends into this one, onward
+    owed = ""                                                         # what was sent onward into this pad and is not yet taken
 
     def __init__(self, group: dist.ProcessGroup | None, op: str, nbytes: int, flags: int, device: torch.device | str = "cpu", *,
                  polls: int | None = None, start: int = 0):
@@ -120,6 +125,7 @@ class Pad:
         self.local.zero_()
         self.local[:1].fill_(start)
         self.error.zero_()
+        self.owed = ""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -130,11 +136,14 @@ class Pad:
     def agree(self, key: str) -> None:
         """Every rank calls its op in the same way: `key` names shapes, dtype, tiles and grid. Exchanged at the first call with it.
 
-        Raises: CollectiveMismatch on every rank, naming both. The pad stays usable."""
+        Raises: CollectiveMismatch on every rank, naming both; the pad stays usable. TimeoutError as check(), at a first call on every
+        rank: one that left an exchange out would leave the others in it."""
         if key not in self._agreed:
             if self.group is not None:
+                self.settle()
                 self._agree((self.op, key), "called")
             self._agreed.add(key)
+        self.check()
 
     def _agree(self, mine: tuple, what: str) -> None:
         digest = hashlib.sha256(repr(mine).encode()).hexdigest()
@@ -144,16 +153,30 @@ class Pad:
                 raise CollectiveMismatch(f"{self.op}: rank 0 of group '{self.name}' {what} {every[0][1]}, but rank {r} {what} {text}; "
                                          f"every rank must make the same call (this is rank {self.rank})")
 
+    def settle(self) -> None:
+        """Collective. When it returns, every kernel over the pad has ended, on all ranks. Raises: TimeoutError, on all of them where a
+        wait of any ran out."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        every = [self.failure()] if self.group is None else _exchange(self.failure(), self.group)
+        if first := next(filter(None, every), ""):
+            raise TimeoutError(self.failure() or first)
+
     def check(self) -> None:
         """Raises: TimeoutError where a wait of an earlier call ran out. No device synchronisation where none has."""
-        if self.device.type == "meta" or not self.error[0]:
-            return
+        if self.device.type != "meta" and (self.error[0] or self.fed_by) and (text := self.failure()):
+            raise TimeoutError(text)
+
+    def failure(self) -> str:
+        """Which wait of this rank ran out, "" for none."""
+        if not self.error[0]:
+            return self.fed_by.failure() if self.fed_by else ""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)                       # the other five words
         _, op, epoch, source, word, got = self.error.tolist()
-        raise TimeoutError(f"{OPS[op]}: no signal from rank {source} of group '{self.name}' to rank {self.rank} after {self.polls} polls; "
-                           f"waited for epoch {epoch} in flag {word % self.flags}, it had signalled {got}. Its result holds NaN. Do all "
-                           "ranks make the same calls in the same order? After mending that, reset() the pad on all ranks")
+        return (f"{OPS[op]}: no signal from rank {source} of group '{self.name}' to rank {self.rank} after {self.polls} polls; "
+                f"waited for epoch {epoch} in flag {word % self.flags}, it had signalled {got}. Its result holds NaN. Do all "
+                "ranks make the same calls in the same order? After mending that, reset() the pad on all ranks")
 
     def reset(self, start: int = 0) -> None:
         """Make the pad new after a TimeoutError. Collective: no rank may still run a kernel over it."""
@@ -168,14 +191,13 @@ class Pad:
         return nbytes <= self.nbytes and flags <= self.flags
 
     def demand(self, nbytes: int, flags: int) -> None:
-        """Before every launch: check(), and room for the call. Raises: ValueError, on all ranks alike."""
-        self.check()
+        """Before every launch: room for the call. Raises: ValueError, on all ranks alike."""
         if not self.fits(nbytes, flags) and self.device.type != "meta":
             raise ValueError(f"{self.op}: the pad of group '{self.name}' must hold {nbytes} bytes and {flags} flags, got {self.nbytes} and "
                              f"{self.flags}; make it with needs() of the largest call")
 
 
-_pads: dict[tuple[int, str, int], Pad] = {}
+_pads: dict[tuple[int, str, int, str], Pad] = {}
 
 
 def pad_of(group: dist.ProcessGroup, op: str, nbytes: int, flags: int, device: torch.device, slot: int = 0) -> Pad:
@@ -183,7 +205,7 @@ def pad_of(group: dist.ProcessGroup, op: str, nbytes: int, flags: int, device: t
 
     nbytes and flags are functions of shapes that are equal on all ranks, so all of them grow it in the same call.
     Raises: RuntimeError while a CUDA graph is captured: run the op once before."""
-    key = (id(group), op, slot)
+    key = (id(group), op, slot, device.type)
     pad = _pads.get(key)
     if pad is None or not pad.fits(nbytes, flags):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -192,7 +214,36 @@ def pad_of(group: dist.ProcessGroup, op: str, nbytes: int, flags: int, device: t
         if pad is None:
             weakref.finalize(group, _pads.pop, key, None)
         else:
-            pad.check()
+            pad.settle()                                              # before its memory is given back: peers may still write there
             nbytes, flags = max(nbytes, pad.nbytes), max(flags, pad.flags)
         pad = _pads[key] = Pad(group, op, nbytes, flags, device)
     return pad
+
+
+_rooms: dict[tuple[int, str], int] = {}
+
+
+def pad_room(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> int:
+    """Bytes a pad over `group` may have, 0 where its ranks cannot reach each other's memory or no kernel takes x's type. Collective
+    at its first use on a group: one answer on all ranks. CPU tensors have pads for the interpreter alone."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or (x.is_cpu and not INTERPRET):
+        return 0
+    if isinstance(group, SymmHeap):
+        group = group.group
+    key = (id(group), x.device.type)
+    if key not in _rooms:
+        _rooms[key] = ROOM if (heap_of(group) is not None if x.is_cpu else _symmetric(group, x.device)) else 0
+        weakref.finalize(group, _rooms.pop, key, None)
+    return _rooms[key]
+
+
+def _symmetric(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether all ranks of the group can map each other's GPU memory: one host, NVLink or peer access. Collective."""
+    if dist.get_world_size(group) == 1 or len(set(_exchange(_host(), group))) > 1:
+        return False
+    try:
+        Pad(group, "all_reduce", 256, 1, device)
+        works = True
+    except (RuntimeError, OSError, ImportError):                      # no peer access, no driver support, a torch without it
+        works = False
+    return all(_exchange(works, group))

@@ -19,7 +19,8 @@ Steps:
     signal   flag `slot` of rank `at` := e. release at system scope where `ordered`; else earlier writes may land after it
     wait     until flag `slot` of this rank (at == rank) is >= e, by signed 32-bit difference. acquire at system scope where
              `ordered`; else a later read may be served from before it. Bounded: on expiry the program writes
-             (op, epoch, source, slot, got) to the error word, takes no data, and goes on with its steps
+             (op, epoch, source, slot, got) to the error word and takes no data; it sends and signals nothing more, the rank's other
+             programs from their next wait on, and its later calls neither, until Pad.reset()
     read     data cell of this rank; it must hold (source, item, e), nothing older, nothing newer, nothing half written
     last     arrive at counter `slot` (acq_rel, device scope): whoever arrives as number `of` sets it to 0 and runs `steps`
     bump     the rank's epoch word := e: the next call is e + 1

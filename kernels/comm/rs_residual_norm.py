@@ -12,6 +12,7 @@ from torch import Tensor
 from ..dispatch import fused
 from ..layer_norm import add_layer_norm_ref
 from ..rms_norm import add_rms_norm_ref
+from . import overlap
 from .collectives import _gather, _reduce_scatter, reduce_scatter
 from .registry import Group, group_size, register
 
@@ -32,11 +33,14 @@ def rs_residual_norm_ref(partial: Tensor, residual: Tensor, weight: Tensor, eps:
 def _run(partial: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
          group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h, y, and the statistics of the norm: mean (none in RMSNorm) and rstd."""
-    x, residual = _reduce_scatter(partial, group), residual.contiguous()
+    residual, weight, bias = residual.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    if (done := overlap.scattered_norm(partial, residual, weight, bias, eps, group)) is not None:
+        return done
+    x = _reduce_scatter(partial, group)
     if bias is None:
-        h, y, rstd = _OPS.add_rms_norm_fwd(x, residual, weight.contiguous(), eps)
+        h, y, rstd = _OPS.add_rms_norm_fwd(x, residual, weight, eps)
         return h, y, rstd.new_empty(0), rstd
-    return _OPS.add_layer_norm_fwd(x, residual, weight.contiguous(), bias.contiguous(), eps)
+    return _OPS.add_layer_norm_fwd(x, residual, weight, bias, eps)
 
 
 def _fake(partial: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float,

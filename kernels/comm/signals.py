@@ -2,6 +2,7 @@
 
     signal(...)   barrier of the program's threads, then a release atomic at system scope: everything the program wrote is there
     wait(...)     acquire atomics at system scope until the flag is >= the epoch; bounded: reports to the error words, returns False
+    going(...)    whether this rank may send: not after a wait of it has run out, until Pad.reset(); asked again after each wait
     last(...)     True in the last of `of` programs to arrive: acq_rel at device scope, so what the others wrote is its to publish
     finish(...)   the last program of a call bumps the epoch, in memory: a CUDA graph replays it
 
@@ -14,8 +15,8 @@ BARRIER, RELEASE and ACQUIRE are parameters for the negative controls only: test
 from ..dispatch import tl, triton
 from . import protocol
 
-__all__ = ["before", "blocks_of", "buffer_of", "cells", "finish", "first_row", "flag_word", "last", "next_epoch", "owned_slot", "owner_of",
-           "part_slot", "peer_of", "signal", "signal_all", "wait"]
+__all__ = ["before", "blocks_of", "buffer_of", "cells", "finish", "first_row", "flag_word", "going", "last", "next_epoch", "owned_slot",
+           "owner_of", "part_slot", "peer_of", "signal", "signal_all", "wait"]
 
 # The same text as the step tables.
 buffer_of, flag_word, peer_of, before, owner_of, part_slot, owned_slot, first_row, blocks_of = map(triton.jit, (
@@ -37,18 +38,25 @@ def next_epoch(local_ptr):
 
 
 @triton.jit
-def signal(peers_ptr, to, word, epoch, BARRIER: tl.constexpr, RELEASE: tl.constexpr):
-    if BARRIER:
-        tl.debug_barrier()
-    tl.atomic_xchg(cells(peers_ptr, to, 0, tl.int32) + word, epoch, sem=RELEASE, scope="sys")
+def going(local_ptr):
+    """A rank that sent on after a wait ran out would write over what a late one still reads, and send sums that lack a part."""
+    return tl.load(local_ptr + 2, volatile=True) == 0
 
 
 @triton.jit
-def signal_all(peers_ptr, rank, word, epoch, world, BARRIER: tl.constexpr, RELEASE: tl.constexpr):
+def signal(peers_ptr, to, word, epoch, go, BARRIER: tl.constexpr, RELEASE: tl.constexpr):
+    if BARRIER:
+        tl.debug_barrier()
+    if go:
+        tl.atomic_xchg(cells(peers_ptr, to, 0, tl.int32) + word, epoch, sem=RELEASE, scope="sys")
+
+
+@triton.jit
+def signal_all(peers_ptr, rank, word, epoch, go, world, BARRIER: tl.constexpr, RELEASE: tl.constexpr):
     if BARRIER:
         tl.debug_barrier()
     for i in range(world):
-        signal(peers_ptr, peer_of(rank, i, world), word, epoch, False, RELEASE)
+        signal(peers_ptr, peer_of(rank, i, world), word, epoch, go, False, RELEASE)
 
 
 @triton.jit

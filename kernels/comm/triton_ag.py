@@ -15,7 +15,7 @@ from ..dispatch import INTERPRET, tl, triton
 from .pad import OPS, Pad
 from .protocol import blocks_of as count_blocks
 from .protocol import first_row as start_of
-from .signals import before, blocks_of, buffer_of, cells, finish, first_row, flag_word, next_epoch, part_slot, peer_of, signal, wait
+from .signals import before, blocks_of, buffer_of, cells, finish, first_row, flag_word, going, next_epoch, part_slot, peer_of, signal, wait
 from .tile import Tiles, copy_tiles, place_of, product, programs_of, tiles_of
 
 __all__ = ["launch", "needs"]
@@ -24,10 +24,10 @@ __all__ = ["launch", "needs"]
 
 
 @triton.jit
-def _push(x_ptr, peers_ptr, rank, pid, pushers, epoch, buffer, flags, M, K, blocks, DTYPE: tl.constexpr, world,
+def _push(x_ptr, peers_ptr, rank, pid, pushers, go, epoch, buffer, flags, M, K, blocks, DTYPE: tl.constexpr, world,
           BM: tl.constexpr, COPY: tl.constexpr, BARRIER: tl.constexpr, RELEASE: tl.constexpr):
     rows = first_row(rank + 1, M, world) - first_row(rank, M, world)
-    for at in range(pid, (world - 1) * blocks, pushers):
+    for at in range(pid, tl.where(go, (world - 1) * blocks, 0), pushers):
         to, block = peer_of(rank, 1 + at // blocks, world), at % blocks
         left = tl.maximum(tl.minimum(rows - block * BM, BM), 0).to(tl.int64) * K
         source = x_ptr + block.to(tl.int64) * BM * K
@@ -35,7 +35,7 @@ def _push(x_ptr, peers_ptr, rank, pid, pushers, epoch, buffer, flags, M, K, bloc
         for first in range(0, left, COPY):
             offs = first + tl.arange(0, COPY)
             tl.store(target + offs, tl.load(source + offs, mask=offs < left), mask=offs < left)
-        signal(peers_ptr, to, flag_word(0, rank, block, world, flags), epoch, BARRIER, RELEASE)
+        signal(peers_ptr, to, flag_word(0, rank, block, world, flags), epoch, True, BARRIER, RELEASE)
 
 
 @triton.jit(do_not_specialize=["rank"])
@@ -47,7 +47,8 @@ def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, d
     pid, epoch, blocks = tl.program_id(0), next_epoch(local_ptr), blocks_of(M, world, BM)
     buffer = data + buffer_of(epoch, BUFFERS).to(tl.int64) * nbytes
     if pid < pushers:
-        _push(x_ptr, peers_ptr, rank, pid, pushers, epoch, buffer, flags, M, K, blocks, DTYPE, world, BM, COPY, BARRIER, RELEASE)
+        go = going(local_ptr)
+        _push(x_ptr, peers_ptr, rank, pid, pushers, go, epoch, buffer, flags, M, K, blocks, DTYPE, world, BM, COPY, BARRIER, RELEASE)
     else:
         tiles_n = tl.cdiv(N, BN)
         theirs, mine = tl.load(peers_ptr + rank) + buffer, x_ptr.to(tl.int64)
@@ -112,11 +113,16 @@ def launch(pad: Pad, x: Tensor, rows: int, w: Tensor | None = None, *, pushed: b
     if x.device.type != "meta" and x.data_ptr() % 16:                 # own rows are read with the alignment of a pad
         x = x.clone()
     y = x.new_empty(rows, N)
+    what = f"{rows} x {K} {x.dtype}"
+    if (what if pushed else "") != pad.owed:
+        raise ValueError(f"{pad.op}: a gather must take the rows that were sent onward to it, {pad.owed or 'none'}, got {what}, "
+                         f"pushed={pushed}")
     pushers = 0 if pushed else _pushers(pad, N, x.element_size(), w is not None)
     items = pad.world * count_blocks(rows, pad.world, t.BM) * triton.cdiv(N, t.BN)
     programs = programs_of(pad, items, less=pushers)
     pad.agree(f"{rows} rows of {K} by {None if w is None else list(w.shape)} {x.dtype}, pushed {pushed}, {t}, "
               f"{pushers} + {programs} programs")
+    pad.owed = ""
     swn, swk = (0, 0) if w is None else w.stride()
     _kernel[(pushers + programs,)](
         x, x if w is None else w, y, pad.peers, pad.local, pad.error, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags, pushers,

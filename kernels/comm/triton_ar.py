@@ -19,6 +19,7 @@ from .signals import (
     cells,
     finish,
     flag_word,
+    going,
     next_epoch,
     owned_slot,
     owner_of,
@@ -66,12 +67,13 @@ def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, d
     buffer = data + buffer_of(epoch, BUFFERS).to(tl.int64) * nbytes
     sums = buffer + world * ((items + world - 1) // world).to(tl.int64) * (BM * BN * DTYPE.primitive_bitwidth // 8)
     LAG: tl.constexpr = 2 if TWO_SHOT else 1
+    go = going(local_ptr)
     for k in range(tl.cdiv(items - pid, programs) + LAG):
         item = pid + k * programs
         if item < items:
             m, n = place_of(item, tiles_m, tiles_n, 8)
             rows, cols = m * BM + i.to(tl.int64), n * BN + j.to(tl.int64)
-            full = (rows < M)[:, None] & (j >= 0)[None, :]
+            sent = (rows < tl.where(go, M, 0))[:, None] & (j >= 0)[None, :]
             if GEMM:
                 value = product(x_ptr, w_ptr, m.to(tl.int64) * BM, n.to(tl.int64) * BN, M, N, K, swn, swk, BM, BN, BK,
                                 INTERP).to(DTYPE)
@@ -82,13 +84,13 @@ def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, d
             if TWO_SHOT:
                 owner = owner_of(item, world)
                 slot = owned_slot(rank, item, items, world).to(tl.int64)
-                tl.store(cells(peers_ptr, owner, buffer, DTYPE) + slot * (BM * BN) + offs, value, mask=full)
-                signal(peers_ptr, owner, word, epoch, BARRIER, RELEASE)
+                tl.store(cells(peers_ptr, owner, buffer, DTYPE) + slot * (BM * BN) + offs, value, mask=sent)
+                signal(peers_ptr, owner, word, epoch, go, BARRIER, RELEASE)
             else:
                 slot = part_slot(rank, item, items).to(tl.int64)
                 for p in range(world):
-                    tl.store(cells(peers_ptr, peer_of(rank, p, world), buffer, DTYPE) + slot * (BM * BN) + offs, value, mask=full)
-                signal_all(peers_ptr, rank, word, epoch, world, BARRIER, RELEASE)
+                    tl.store(cells(peers_ptr, peer_of(rank, p, world), buffer, DTYPE) + slot * (BM * BN) + offs, value, mask=sent)
+                signal_all(peers_ptr, rank, word, epoch, go, world, BARRIER, RELEASE)
         item -= programs
         if (k >= 1) & (item < items) & ((not TWO_SHOT) | (owner_of(item, world) == rank)):
             m, n = place_of(item, tiles_m, tiles_n, 8)
@@ -96,11 +98,13 @@ def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, d
             full = (rows < M)[:, None] & (j >= 0)[None, :]
             total = _sum_parts(peers_ptr, local_ptr, error_ptr, rank, epoch, limit, flags, buffer, item, items, rows, M, DTYPE, OP,
                                world, TWO_SHOT, BM, BN, ACQUIRE).to(DTYPE)
+            go = going(local_ptr)
             if TWO_SHOT:
+                sent = (rows < tl.where(go, M, 0))[:, None] & (j >= 0)[None, :]
                 for p in range(world):
                     there = cells(peers_ptr, peer_of(rank, p, world), sums, DTYPE)
-                    tl.store(there + item.to(tl.int64) * (BM * BN) + offs, total, mask=full)
-                signal_all(peers_ptr, rank, flag_word(1, rank, item, world, flags), epoch, world, BARRIER, RELEASE)
+                    tl.store(there + item.to(tl.int64) * (BM * BN) + offs, total, mask=sent)
+                signal_all(peers_ptr, rank, flag_word(1, rank, item, world, flags), epoch, go, world, BARRIER, RELEASE)
             else:
                 at = rows[:, None] * N + cols[None, :]
                 tl.store(y_ptr + at, total, mask=full & (cols < N)[None, :] & (at < numel))
@@ -112,6 +116,7 @@ def _kernel(x_ptr, w_ptr, y_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, d
                 full = (rows < M)[:, None] & (j >= 0)[None, :]
                 owner = owner_of(item, world)
                 ok = wait(peers_ptr, local_ptr, error_ptr, rank, owner, flag_word(1, owner, item, world, flags), epoch, limit, OP, ACQUIRE)
+                go = going(local_ptr)
                 total = tl.load(cells(peers_ptr, rank, sums, DTYPE) + item.to(tl.int64) * (BM * BN) + offs,
                                 mask=(rows < tl.where(ok, M, 0))[:, None] & (j >= 0)[None, :], other=float("nan"))
                 at = rows[:, None] * N + cols[None, :]

@@ -23,6 +23,7 @@ from .signals import (
     finish,
     first_row,
     flag_word,
+    going,
     last,
     next_epoch,
     part_slot,
@@ -45,7 +46,7 @@ def _push_kernel(x_ptr, w_ptr, peers_ptr, local_ptr, rank, data, nbytes, flags, 
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     epoch, blocks, tiles_n = next_epoch(local_ptr), blocks_of(M, world, BM), tl.cdiv(N, BN)
     buffer = data + buffer_of(epoch, BUFFERS).to(tl.int64) * nbytes
-    for at in range(tl.program_id(0), world * blocks * tiles_n, tl.num_programs(0)):
+    for at in range(tl.program_id(0), tl.where(going(local_ptr), world * blocks * tiles_n, 0), tl.num_programs(0)):
         to = peer_of(rank, 1 + at // (blocks * tiles_n), world)
         block, n = place_of(at % (blocks * tiles_n), blocks, tiles_n, 4)
         row, end = (first_row(to, M, world) + block * BM).to(tl.int64), first_row(to + 1, M, world)
@@ -60,7 +61,7 @@ def _push_kernel(x_ptr, w_ptr, peers_ptr, local_ptr, rank, data, nbytes, flags, 
             tl.store(cells(peers_ptr, to, buffer, DTYPE) + cell[:, None] * (tiles_n * BN) + cols[None, :], value,
                      mask=(rows < end)[:, None] & (j >= 0)[None, :])
         if last(local_ptr, to * blocks + block, tiles_n, BARRIER):
-            signal(peers_ptr, to, flag_word(0, rank, block, world, flags), epoch, BARRIER, RELEASE)
+            signal(peers_ptr, to, flag_word(0, rank, block, world, flags), epoch, True, BARRIER, RELEASE)
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def _take_kernel(y_ptr, res_ptr, weight_ptr, bias_ptr, h_ptr, rstd_ptr, mean_ptr
         ok = epoch == epoch
         for s in range(world):
             ok = ok & wait(peers_ptr, local_ptr, error_ptr, rank, s, flag_word(0, s, block, world, flags), epoch, limit, OP, ACQUIRE)
-        width = tl.where(ok, N, 0)
+        width, go = tl.where(ok, N, 0), going(local_ptr)
         for row in range(at * ROWS, tl.minimum(at * ROWS + ROWS, total)):
             row64 = tl.full([], row, tl.int64)                        # interpreted, a loop variable is a plain int
             parts = cells(peers_ptr, rank, buffer, DTYPE) + row64 * stride
@@ -118,13 +119,17 @@ def _take_kernel(y_ptr, res_ptr, weight_ptr, bias_ptr, h_ptr, rstd_ptr, mean_ptr
                 tl.store(y_ptr + row64 * N + offs, y, mask=mask)
                 if PUSH:
                     there = next_data + buffer_of(next_epoch(next_local_ptr), BUFFERS).to(tl.int64) * next_nbytes
+                    sent = offs < tl.where(go, N, 0)
                     for p in range(1, world):
                         target = cells(next_peers_ptr, peer_of(rank, p, world), there, DTYPE)
-                        tl.store(target + (part_slot(rank, 0, blocks).to(tl.int64) * BM + row64) * N + offs, y, mask=mask)
+                        tl.store(target + (part_slot(rank, 0, blocks).to(tl.int64) * BM + row64) * N + offs, y, mask=sent)
         if PUSH:  # noqa: SIM102                                      a constexpr and a tensor: two kinds of if
             if last(local_ptr, block, BM // ROWS, BARRIER):
-                signal_all(next_peers_ptr, rank, flag_word(0, rank, block, world, next_flags), next_epoch(next_local_ptr), world,
+                go = going(local_ptr)                                 # of all who worked on the block
+                signal_all(next_peers_ptr, rank, flag_word(0, rank, block, world, next_flags), next_epoch(next_local_ptr), go, world,
                            BARRIER, RELEASE)
+                if not go:                                            # that gather has no part of this rank: nor may later ones
+                    tl.store(next_local_ptr + 2, 1)
     finish(local_ptr, epoch)
 
 
@@ -177,10 +182,15 @@ def take(pad: Pad, rows: int, N: int, dtype: torch.dtype, gemm: bool, residual: 
     per = 4 if t.BM % 4 == 0 else t.BM                                # rows a program takes after one look at the flags
     programs = programs_of(pad, count_blocks(rows, pad.world, t.BM) * (t.BM // per))
     to = onward or pad
+    pad.agree(f"sum of {rows} x {N} {dtype}, norm {norm}, onward {onward is not None}, {programs} programs")
     if onward is not None:
         blocks = count_blocks(rows, pad.world, t.BM)
         onward.demand(pad.world * blocks * t.BM * N * dtype.itemsize, blocks)
-    pad.agree(f"sum of {rows} x {N} {dtype}, norm {norm}, onward {onward is not None}, {programs} programs")
+        if onward.owed:
+            raise ValueError(f"{pad.op}: the all-gather of the rows sent onward before must run first, got {onward.owed} not yet taken; "
+                             "call it with pushed=True")
+        onward.check()
+        onward.owed, onward.fed_by = f"{rows} x {N} {dtype}", pad
     _take_kernel[(programs,)](
         y, y if residual is None else residual, y if weight is None else weight, y if bias is None else bias, h, rstd, mean, pad.peers,
         pad.local, pad.error, to.peers, to.local, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags, to.data, to.nbytes, to.flags,
