@@ -196,11 +196,15 @@ INTERLACE_API void* interlace_walk_place(Heap* h) {
 }
 
 INTERLACE_API void interlace_walk_signal(Heap* h) { signal(*h, h->epoch() + 1); }             // step 2
-INTERLACE_API int interlace_walk_wait(Heap* h) { return wait_all(*h, h->epoch(), h->as); }     // step 3
+INTERLACE_API int interlace_walk_wait(Heap* h) {                                                // step 3
+  const Recorded span(*h, h->as, -1, 0);
+  return wait_all(*h, h->epoch(), h->as);
+}
 INTERLACE_API void* interlace_walk_peer(Heap* h, int r) { return half(*h, r, h->epoch()); }    // step 4: where rank r wrote
 
 // Step 4: dst = the sum over ranks of n elements from byte `at` of each place, in rank order.
 INTERLACE_API void interlace_walk_sum(Heap* h, void* dst, int64_t at, int64_t n, int dtype) {
+  const Recorded span(*h, h->as, -1, n);
   std::vector<const void*> from(h->world);
   for (int r = 0; r < h->world; r++) from[r] = half(*h, r, h->epoch()) + at;
   kernels().reduce[0][dtype](dst, nullptr, from.data(), h->world, n);
