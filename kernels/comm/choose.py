@@ -39,7 +39,7 @@ SKEW, LEAST_ROWS = 0.01, 64                                           # blocks o
 @dataclass(frozen=True)
 class Machine:
     """Of one rank. The defaults were measured on 2 Zen 4 cores, one thread a rank; gloo's over one host. HOPPER: flops and bandwidth
-    as published for H200, the rest assumed."""
+    as measured elsewhere for H200, the rest assumed."""
     flops: float = 70e9                                               # FLOP/s of a GEMM
     bandwidth: float = 12e9                                           # bytes/s of a copy or a sum, read and written
     tick: float = 4e-6                                                # seconds of a meeting, Python included
