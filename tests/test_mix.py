@@ -111,7 +111,12 @@ def _equal(rank, o):
     assert {int(n.split(".")[1]) for n in names if n.startswith("layers.")} == set(range(cfg.model.num_layers)), "a stage was not compared"
 
 
-@pytest.mark.parametrize("o", LAYOUTS, ids=name)
+def marked(i, o):
+    """Eight ranks on two cores take 8 s a layout: two of three wait for `make test-all`."""
+    return pytest.param(o, id=name(o), marks=[pytest.mark.slow] if world(o) == 8 and i % 3 else [])
+
+
+@pytest.mark.parametrize("o", [marked(i, o) for i, o in enumerate(LAYOUTS)])
 def test_any_mix_equals_one_process(o):
     run(world(o), _equal, o)
 
