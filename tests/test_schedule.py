@@ -5,15 +5,14 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run
 from test_cli import mistake
+from test_pipeline_parallel import axis_of
 
 from interlace import cli
 from interlace.models.config import ModelConfig
 from interlace.models.schedule import LENGTH, bubble, deferred_at_once, draw, in_flight, text, timeline
 from interlace.parallel.layout import SCHEDULES, stages_of_rank
-from interlace.parallel.mesh import Axis
 from interlace.parallel.pipeline_parallel import Pipeline
 
 CASES = [(name, pp, v, n) for name, how in SCHEDULES.items() for pp in (2, 3, 4)
@@ -115,7 +114,7 @@ class _Noted(torch.autograd.Function):
 
 def _order(rank, name, pp, v, n):
     m, log = model(name, pp, v), []
-    axis = Axis("pp", pp, rank, tuple(range(pp)), dist.group.WORLD)
+    axis = axis_of(rank, pp)
     stages = {i: Recorded(i, i == pp * v - 1, log) for i in stages_of_rank(m, rank)}
     pipeline = Pipeline(stages, axis, num_stages=pp * v, schedule=name, microbatches=n, ids_shape=(1, 2), shape=(1, 2), dtype=torch.float64,
                         loss_dtype=torch.float64, device=torch.device("cpu"))
