@@ -175,11 +175,11 @@ def report(found: list[Finding], bad: list[Finding], layout: Layout, steps: int,
     more = "".join(f" {name}={n}" for name, n in (("pp", layout.pp), ("vpp", layout.vpp or 1), ("ep", layout.ep)) if n > 1)
     print(f"verify: tp={layout.tp} sp={'on' if layout.sp else 'off'} dp={layout.dp} zero1={'on' if zero1 else 'off'}{more} against one "
           f"process, float64, {steps} steps", file=file)
-    print(f"    {'quantity':<16}{'worst':<52}{'error':>10}", file=file)
+    print(f"    {'quantity':<20}{'worst':<52}{'error':>10}", file=file)
     for what in dict.fromkeys(f.what for f in found):
         worst = max((f for f in found if f.what == what), key=lambda f: f.error)
         count = sum(f.what == what for f in found)
-        print(f"    {what:<16}{worst.name + f'  (of {count})':<52}{worst.error:10.1e}", file=file)
+        print(f"    {what:<20}{worst.name + f'  (of {count})':<52}{worst.error:10.1e}", file=file)
     for f in sorted(bad, key=lambda f: -f.error)[:20]:
         print(f"    OFF {f.what} {f.name}: error {f.error:.1e} {f.cause}", file=file)
     verdict = f"FAILED, {len(bad)} of {len(found)} quantities over" if bad else f"equal, {len(found)} quantities within"
