@@ -2,7 +2,7 @@
 import dataclasses
 
 import pytest
-from ranks import run
+from ranks import kept, run
 from test_equal import BASE
 
 import interlace.models.train as train
@@ -14,7 +14,7 @@ from interlace.parallel.mesh import Mesh
 TIED = {"pipeline_model_parallel_size": 2, "share_embeddings_and_output_weights": True}
 EXPERTS = {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.5, "tensor_model_parallel_size": 2, "sequence_parallel": True,
            "expert_model_parallel_size": 2}
-_meshes = {}
+mesh_of = kept(Mesh.build)
 
 
 def tied_counted_twice(model):
@@ -51,7 +51,7 @@ def _plant(rank, model, plant, skip_tied, wrong):
     world = m.tensor_model_parallel_size * m.pipeline_model_parallel_size if plant is not expert_over_dp else 2
     cfg = Config(model=m, optim=OptimConfig(lr=0.01, min_lr=0.001, clip_grad=0.1, sched=SchedConfig(warmup_steps=2)))
     layout = Layout.from_config(cfg, world)
-    mesh = _meshes[layout] = _meshes.get(layout) or Mesh.build(layout)
+    mesh = mesh_of(layout)
     plain = train.reduce_tied_grads
     if skip_tied:
         train.reduce_tied_grads = lambda *_: None
