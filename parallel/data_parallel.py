@@ -175,7 +175,7 @@ class DistributedDataParallel(nn.Module):
                 self.worker = self.worker or _Worker()
         if self.worker is not None:
             weakref.finalize(self, self.worker.jobs.put, None)
-        arrived = weakref.WeakMethod(self._arrived)                   # hooks are hidden from the garbage collector: a strong one keeps the model
+        arrived = weakref.WeakMethod(self._arrived)                  # hooks are hidden from the garbage collector: a strong one keeps all
         for p in order:
             p.register_post_accumulate_grad_hook(lambda p: call(p) if (call := arrived()) is not None else None)
         self._expect()
