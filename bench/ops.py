@@ -18,6 +18,8 @@ OPS = {                                                               # name of 
     "unpermute": ("one", "unpermute with probs"),
     "grouped_gemm": ("one", "grouped_gemm, balanced and skewed"),
     "experts": ("one", "expert_mlp: the feed-forward of all experts"),
+    "adamw": ("one", "a step of AdamW over a GPT's parameters, alone and with the clip"),
+    "grad_norm": ("one", "the norm of a GPT's gradients"),
     "collectives": ("many", "all_reduce, all_gather, reduce_scatter, all_to_all"),
     "gemm_ar": ("many", "gemm_ar, copy_gemm"),
     "gemm_rs": ("many", "gemm_rs, ag_gemm"),

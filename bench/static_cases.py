@@ -25,6 +25,7 @@ def _module(name: str) -> Any:                                        # by path:
 
 RMS, LN, SWIGLU, ROPE, CE, DROPOUT, ROUTER, PLAN, PERMUTE, UNPERMUTE, GROUPED = map(_module, (
     "rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout", "router", "route_plan", "permute", "unpermute", "grouped_gemm"))
+ADAMW, NORM = _module("adamw"), _module("grad_norm")
 PAD, AR, AG, RS = map(_module, ("comm.pad", "comm.triton_ar", "comm.triton_ag", "comm.triton_rs"))
 Launch = Callable[[torch.dtype], object]
 Floor = Callable[[int], float]
@@ -168,6 +169,16 @@ def _router(T: int, E: int, K: int, func: int, name: str, groups: int = 1, kept:
     ]
 
 
+def _step(N: int) -> list[Case]:
+    """A part of a flat buffer, N numbers: fp32 ones, and fp32 masters of bf16 parameters. The floors count what is read and written once,
+    and the table of chunks not at all."""
+    def launch(dt: torch.dtype) -> None:
+        flat, copies = lambda: [_new(N)], [_new(N, dtype=dt)] if dt != torch.float32 else []     # noqa: E731
+        ADAMW._launch(flat(), flat(), flat(), flat(), copies, [0.1], 1e-3, 0.9, 0.95, 1e-8, 1, 1.0)
+    return [Case("adamw", str(N), launch, {"_kernel": lambda s: (18 if s == 2 else 16) * N}, 15 * N),
+            Case("grad_norm", str(N), lambda dt: NORM._launch([_new(N, dtype=dt)], [1.0]), {"_kernel": lambda s: N * s}, 2 * N)]
+
+
 def _overlapped(M: int, N: int, K: int, W: int) -> list[Case]:
     """Llama 70B's MLP over tp=8, the second rank. A pad's memory is no argument of a launch: the floors are of what is."""
     x, w, size, m, flops = lambda dt: _new(M, K, dtype=dt), lambda dt: _new(N, K, dtype=dt), f"{M}x{N}x{K} of {W}", M // W, 2 * M * N * K
@@ -198,5 +209,5 @@ CASES: list[Case] = [
     *_router(16384, 8, 2, 0, "16384x8 2 of 8"), *_router(16384, 128, 8, 0, "16384x128 8 of 128"),
     *_router(16384, 256, 8, 1, "sigmoid groups 16384x256 8 of 256", 8, 4, 2),
     *_router(16384, 1000, 8, 2, "sqrtsoftplus 16384x1000 8 of 1000"),
-    *_overlapped(8192, 8192, 3584, 8),
+    *_step(1 << 26), *_overlapped(8192, 8192, 3584, 8),
 ]

@@ -2,14 +2,16 @@
 
     g = sum over micro-batches of grad / number of micro-batches     in fp32 whatever the parameter's type (fp64 for fp64)
     g = g * min(1, clip_grad / (|g| + 1e-6))                         |g| over the whole model, every parameter once, in fp64
-    torch.optim.AdamW(fused=True) on the masters; lr: linear warm-up, then cosine (or linear, or constant) to min_lr
+    kernels/adamw.py on the masters, the clip in the same pass; lr: linear warm-up, then cosine (or linear, or constant) to min_lr
 """
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels import adamw
 from ..parallel.data_parallel import Buffer, DistributedDataParallel
 from ..parallel.sharding import grad_norm, reduce_partial_grads
 from .config import OptimConfig
@@ -29,38 +31,42 @@ def learning_rate(cfg: OptimConfig, step: int, max_steps: int) -> float:
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
 
 
+@dataclass
+class Runs:
+    """What adamw() takes of one buffer: stretches of neighbours with one weight decay, as views."""
+    weights: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    copies: list[Tensor] = field(default_factory=list)                # of masters: the model's weights
+    weight_decay: list[float] = field(default_factory=list)
+
+
 class Optimizer:
     """AdamW of what this rank steps of `ddp`'s parameters: all of them, or its parts of every bucket under ZeRO-1.
 
-    `own` holds, for each buffer, flat tensors of exactly that: the moments, and fp32 masters where the weights are 16-bit.
-    `runs` are stretches of neighbours with one weight decay, as views: what torch.optim steps."""
+    `own` holds, for each buffer, flat tensors of exactly that: the moments, and fp32 masters where the weights are 16-bit."""
 
     def __init__(self, ddp: DistributedDataParallel, cfg: OptimConfig):
-        self.ddp, self.cfg, self.reduced = ddp, cfg, False
+        self.ddp, self.cfg, self.reduced, self.steps = ddp, cfg, False, 0
         self.own: dict[Buffer, dict[str, Tensor]] = {}
-        self.copies: list[tuple[Tensor, Tensor]] = []                 # (weights, their masters)
-        self.runs: list[Tensor] = []
-        groups: dict[bool, list[Tensor]] = {True: [], False: []}      # decayed or not
+        self.runs: list[Runs] = []
         for buffer in ddp.grad_buffers:
             parts = [bucket.own() for bucket in buffer.buckets]
             zeros = [torch.zeros_like(buffer.grads[:buffer.numel // buffer.shards]) for _ in MOMENTS]
             own = self.own[buffer] = dict(zip(MOMENTS, zeros))
             if buffer.weights.dtype != buffer.grads.dtype:
                 own["master"] = torch.cat([buffer.weights[part] for part in parts]).to(buffer.grads.dtype)
+            runs = Runs()
             for here, at, decay in _runs(buffer):
-                run = own["master"][at] if "master" in own else buffer.weights[here]
-                run.grad = buffer.grads[here]
-                groups[decay].append(run)
-                self.runs.append(run)
+                runs.weights.append(own["master"][at] if "master" in own else buffer.weights[here])
+                runs.grads.append(buffer.grads[here])
+                runs.exp_avgs.append(own["exp_avg"][at])
+                runs.exp_avg_sqs.append(own["exp_avg_sq"][at])
                 if "master" in own:
-                    self.copies.append((buffer.weights[here], run))
-        self.adamw = torch.optim.AdamW([{"params": runs, "weight_decay": cfg.weight_decay if decay else 0.0}
-                                        for decay, runs in groups.items() if runs], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
-        runs = iter(self.runs)
-        for buffer, own in self.own.items():
-            for _, at, _ in _runs(buffer):
-                self.adamw.state[next(runs)] = {kind: own[kind][at] for kind in MOMENTS}
-        self.set_steps(0)
+                    runs.copies.append(buffer.weights[here])
+                runs.weight_decay.append(cfg.weight_decay if decay else 0.0)
+            self.runs.append(runs)
 
     @torch.no_grad()
     def reduce_grads(self) -> None:
@@ -71,19 +77,21 @@ class Optimizer:
             self.reduced = True
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
-        """Reduce, clip, update, zero. Returns the gradient's norm before the clip (nan or inf: nothing was updated)."""
+    def step(self, lr: float, *, wait: bool = True) -> float:
+        """Reduce, clip, update, zero. Returns the gradient's norm before the clip (nan or inf: nothing was updated).
+
+        wait=False, for ZeRO-1: the other ranks' parts of the weights come while the next forward of `ddp` runs, in which each parameter
+        is read by the child of the model that holds it. Call ddp.ready() before anything else reads them, or uses the dp axis."""
         self.reduce_grads()
         norm = grad_norm(self.ddp.module, self.ddp.mesh, self.ddp.parts, sharded=self.ddp.sharded).item()
         if math.isfinite(norm):
-            if self.cfg.clip_grad and (scale := self.cfg.clip_grad / (norm + 1e-6)) < 1:
-                torch._foreach_mul_([run.grad for run in self.runs if run.grad is not None], scale)
-            for group in self.adamw.param_groups:
-                group["lr"] = lr
-            self.adamw.step()
-            for weights, master in self.copies:
-                weights.copy_(master)
+            scale = min(1.0, self.cfg.clip_grad / (norm + 1e-6)) if self.cfg.clip_grad else 1.0
+            self.steps += 1
+            for runs in self.runs:
+                adamw(**vars(runs), lr=lr, betas=self.cfg.betas, eps=self.cfg.eps, step=self.steps, scale=scale)
             self.ddp.gather_weights()
+            if wait:
+                self.ddp.ready()
         self.ddp.zero_grad()
         self.reduced = False
         return norm
@@ -110,8 +118,7 @@ class Optimizer:
 
     def set_steps(self, steps: int) -> None:
         """How many updates the state has seen (for Adam's bias correction)."""
-        for run in self.runs:
-            self.adamw.state[run]["step"] = torch.tensor(float(steps), device=run.device)
+        self.steps = steps
 
 
 def _runs(buffer: Buffer) -> Iterator[tuple[slice, slice, bool]]:

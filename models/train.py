@@ -73,6 +73,7 @@ def _pipelined(ddp: DistributedDataParallel, data: Any, samples: int, mine: rang
                                   loss_dtype=torch.promote_types(model.dtype, torch.float32), device=torch.device(device))
     firsts = [samples + i * B for i in mine]
     batches = [data.batch(first, B) for first in firsts]
+    ddp.ready()                                                       # stages run layers, not ddp
     ids, labels = (torch.cat([torch.as_tensor(b[k]) for b in batches]).to(device, non_blocking=True) for k in (0, 1))
     with ddp.no_sync():
         total = model.pipeline.step(ids, labels, torch.tensor(firsts))
@@ -174,14 +175,14 @@ class Run:
         c = self.config
         loss = forward_backward(self.ddp, self.data, self.samples, c.model, self.device).item()
         lr = learning_rate(c.optim, self.step + 1, c.trainer.max_steps)
-        norm = self.optimizer.step(lr)
+        self.seen = take_statistics(self.model, self.mesh)            # before the step: then the dp axis is the weights'
+        norm = self.optimizer.step(lr, wait=False)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             folder = self.out / "checkpoints"
             raise RunError(f"step {self.step + 1}: loss and gradient norm must be finite, got loss {loss} and norm {norm}; the weights "
                            f"were not updated and the checkpoints in {folder} are untouched. Way out: a lower optim.lr (now "
                            f"{c.optim.lr:g}), a longer optim.sched.warmup_steps (now {c.optim.sched.warmup_steps}), or fp32, then "
                            "run the same command again to go on from the last checkpoint")
-        self.seen = take_statistics(self.model, self.mesh)
         update_expert_biases(self.model, self.seen, c.model.moe_router_bias_update_rate)
         self.step += 1
         self.samples += c.model.global_batch_size
@@ -203,6 +204,7 @@ class Run:
 
     def save(self) -> None:
         """Begin a checkpoint, and wait for it unless trainer.async_save."""
+        self.ddp.ready()
         with self.saving():
             self.saver.start(self.step, self.samples)
             if not self.config.trainer.async_save:

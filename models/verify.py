@@ -1,13 +1,15 @@
 """verify: a layout against one process, on the same weights and batches, in float64. Every rank trains both and compares
 its own pieces, so nothing is gathered and no rank trusts another's copy.
 
-Compared over `steps` optimizer steps: the loss, the gradient norm that clips, every gradient of the first step, every
-weight after the last. An error is the largest difference over the largest true value of that tensor, or over a thousandth
-of the largest of its kind where that is more: the gradient of a key bias without rope is zero up to rounding.
+Compared over `steps` optimizer steps: what goes into every layer in the first step (a fault of the forward shows there first),
+the loss, the gradient norm that clips, every gradient of the first step, every weight after the last. An error is the largest
+difference over the largest true value of that tensor, or over a thousandth of the largest of its kind where that is more: the
+gradient of a key bias without rope is zero up to rounding.
 """
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 
 import torch
@@ -77,10 +79,12 @@ def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plan
     optimizers = [Optimizer(ddp, optim) for ddp in ddps]
     data = RandomTokens(vocab_size, m.seq_length, seed)
     found: list[Finding] = []
+    seen_by = [_Inputs(model) for model in models]
     for step in range(1, steps + 1):
         losses = [forward_backward(ddp, data, (step - 1) * m.global_batch_size, m) for ddp in ddps]
         found.append(_compare("loss", f"step {step}", losses[1], losses[0]))
         if step == 1:
+            found += seen_by[1].against(seen_by[0])
             for optimizer in optimizers:
                 optimizer.reduce_grads()
             found += _pieces("gradient", models, [dict(optimizer.state("grad")) for optimizer in optimizers])
@@ -89,12 +93,42 @@ def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plan
             found.append(_compare("balancing losses", f"layer {name}, step {step}", got.losses, seen[0][name].losses))
             found.append(_compare("tokens per expert", f"layer {name}, step {step}", got.tokens.double(), seen[0][name].tokens.double()))
         lr = learning_rate(optim, step, steps)
-        norms = [torch.tensor(o.step(lr), dtype=torch.float64) for o in optimizers]
+        norms = [torch.tensor(o.step(lr, wait=False), dtype=torch.float64) for o in optimizers]
         found.append(_compare("gradient norm", f"step {step}", norms[1], norms[0]))
         for model, stats in zip(models, seen):
             update_expert_biases(model, stats, m.moe_router_bias_update_rate)
+    for ddp in ddps:
+        ddp.ready()
     found += _pieces("weight", models, [{p: p.detach() for p in model.parameters()} for model in models])
     return _over_ranks(found, mesh)
+
+
+class _Inputs:
+    """What went into each layer of a model, by layer and first sample of the micro-batch, until it is compared."""
+
+    def __init__(self, model: GPT):
+        self.seen: dict[tuple[int, int], Tensor] = {}
+        self.tp = model.tp.rank, model.tp.size if model.cfg.sequence_parallel else 1
+        self.hooks = [layer.register_forward_pre_hook(functools.partial(self._keep, int(i))) for i, layer in model.layers.items()]
+
+    def _keep(self, layer: int, module: nn.Module, args: tuple[Tensor, object, int]) -> None:
+        self.seen[layer, int(args[2])] = args[0].detach()
+
+    def against(self, true: _Inputs) -> list[Finding]:
+        """One for each layer, the worst of its micro-batches. Its cause: another layer or micro-batch, whose input it is."""
+        (rank, size), found = self.tp, {}
+        want = {at: h[rank * (h.shape[0] // size):(rank + 1) * (h.shape[0] // size)] for at, h in true.seen.items()}
+        for (layer, first), got in sorted(self.seen.items()):
+            one = _compare("activation", f"layers.{layer} input", got, want[layer, first])
+            if not one.error <= TOLERANCE:
+                other = [f"layers.{i} at sample {s}" for (i, s), h in want.items() if _compare("", "", got, h).error <= TOLERANCE]
+                one.cause = f"received the input of {other[0]}?" if other else ""
+            if layer not in found or not one.error <= found[layer].error:
+                found[layer] = one
+        for hook in [*self.hooks, *true.hooks]:
+            hook.remove()
+        self.seen, true.seen = {}, {}
+        return list(found.values())
 
 
 def _pieces(what: str, models: list[GPT], of: list[dict[nn.Parameter, Tensor]]) -> list[Finding]:
@@ -127,7 +161,7 @@ def _worst(rows: list[tuple[Place, Finding]], axes: list[Axis]) -> Finding:
     """Where a sum over an axis is missing, the factors differ along that axis and add up to 1; where a reduction is done twice or at
     the wrong scale, they are n or 1/n on all ranks."""
     worst = max((f for _, f in rows), key=lambda f: f.error if f.error == f.error else float("inf"))
-    if worst.error <= TOLERANCE:
+    if worst.error <= TOLERANCE or worst.cause:
         return worst
     grid = ("edp", "ep", "pp") if worst.expert else ("tp", "dp", "pp")
     mine = [axis for axis in axes if axis.name in grid]

@@ -7,8 +7,8 @@
 
 Comm    dp axis: 2 (n-1)/n * bytes of the gradients a step, whatever the number of micro-batches
 ZeRO-1  (use_distributed_optimizer, arXiv:1910.02054) rank r owns part r of every bucket: reduce-scatter in place of all-reduce,
-        the optimizer steps that part alone, an all-gather of the weights completes them. The same bytes; 1/n of optimizer state.
-        p.data is a view of a buffer cut alike, so both work in place.
+        the optimizer steps that part alone, an all-gather of the weights completes them, while the next forward begins: a layer waits
+        for the buckets it has numbers in. The same bytes; 1/n of optimizer state. p.data is a view of a buffer cut alike: all in place.
 Numerics  gradients are scaled by 1/dp as they are added, and summed in rank order (kernels/comm): bitwise repeatable, and equal
         with and without ZeRO-1. Experts have buffers of their own over edp (sharding.gradient_axis).
 Threads on a CPU one thread a process runs the collectives of all buckets in order, over the heaps of dp and edp, which nothing else
@@ -17,6 +17,7 @@ Threads on a CPU one thread a process runs the collectives of all buckets in ord
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import weakref
@@ -108,19 +109,21 @@ class _Worker:
     """One thread that runs jobs in order. After a failure it drops the rest, until the failure has been raised."""
 
     def __init__(self) -> None:
-        self.jobs: queue.Queue[Callable[[], Any] | None] = queue.Queue()
+        self.jobs: queue.Queue[tuple[Callable[[], Any], threading.Event] | None] = queue.Queue()
         self.error: BaseException | None = None
         threading.Thread(target=self._run, name="interlace-reduce", daemon=True).start()   # daemon: an exit must not wait for a peer
 
     def _run(self) -> None:
-        while (job := self.jobs.get()) is not None:
+        while (entry := self.jobs.get()) is not None:
+            job, done = entry
             try:
                 if self.error is None:
                     job()
             except BaseException as e:                                # raised again where the main thread can see it
                 self.error = e
             finally:
-                del job                                               # it holds the buffers
+                done.set()
+                del entry, job                                        # it holds the buffers
                 self.jobs.task_done()
 
     def check(self) -> None:
@@ -132,6 +135,15 @@ class _Worker:
         error, self.error = self.error, None
         if error is not None:
             raise error
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a model's forward calls: its children, and those in its lists."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _layers(child)
+        else:
+            yield child
 
 
 class DistributedDataParallel(nn.Module):
@@ -178,10 +190,22 @@ class DistributedDataParallel(nn.Module):
         arrived = weakref.WeakMethod(self._arrived)                  # hooks are hidden from the garbage collector: a strong one keeps all
         for p in order:
             p.register_post_accumulate_grad_hook(lambda p: call(p) if (call := arrived()) is not None else None)
+        self.coming: dict[Bucket, Callable[[], Any]] = {}             # buckets of weights on their way, and what waits for each
+        self.direct = self._buckets_of(module.parameters(recurse=False))
+        for layer in _layers(module) if self.sharded else ():
+            layer.register_forward_pre_hook(functools.partial(self._before, self._buckets_of(layer.parameters())))
         self._expect()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.ready(self.direct)
         return self.module(*args, **kwargs)
+
+    def _buckets_of(self, params: Iterable[nn.Parameter]) -> list[Bucket]:
+        return list(dict.fromkeys(b for p in params if p in self.buffer_of for b in self.buffer_of[p].reaches(p)))
+
+    def _before(self, buckets: list[Bucket], *_: Any) -> None:
+        if self.coming:
+            self.ready(buckets)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -242,16 +266,22 @@ class DistributedDataParallel(nn.Module):
                 reduce_scatter(whole, group, out=own)
             else:
                 all_reduce(whole, group, out=whole)
-        if buffer.axis.size == 1:
-            return
-        if whole.is_cpu:
+        if buffer.axis.size > 1:
+            self._beside(job, whole)
+
+    def _beside(self, job: Callable[[], Any], of: Tensor) -> Callable[[], Any]:
+        """Run a collective over tensor `of` beside what goes on; returns what waits for it."""
+        if of.is_cpu:
             assert self.worker is not None
-            self.worker.jobs.put(job)
-        else:
-            assert self.stream is not None
-            self.stream.wait_stream(torch.cuda.current_stream(whole.device))
-            with torch.cuda.stream(self.stream):
-                job()
+            done = threading.Event()
+            self.worker.jobs.put((job, done))
+            return done.wait
+        assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream(of.device))
+        with torch.cuda.stream(self.stream):
+            job()
+        event = self.stream.record_event()
+        return lambda: torch.cuda.current_stream(of.device).wait_event(event)
 
     def finish(self) -> None:
         """Reduce what is left and wait for all of it; a parameter without a gradient has zero. Twice is as once."""
@@ -275,11 +305,21 @@ class DistributedDataParallel(nn.Module):
         return [] if buffer is None else [(at, buffer.grads[here]) for at, here in buffer.parts(p)]
 
     def gather_weights(self) -> None:
-        """ZeRO-1, after the step: this rank's parts of the weights to all, the others' here. In place, bucket by bucket."""
-        for bucket in reversed(self.buckets):                         # the first layers' first
-            if bucket.buffer.shards > 1:
-                weights = bucket.buffer.weights
-                all_gather(weights[bucket.own()], bucket.buffer.axis.group, out=weights[bucket.start:bucket.stop])
+        """ZeRO-1, after the step: begin to give this rank's parts of the weights to all, and to take the others'; in place, the first
+        layers' buckets first. ready() before weights are read, or the axis is used, by other than the forward."""
+        for bucket in reversed(self.buckets):
+            buffer = bucket.buffer
+            if buffer.shards > 1:
+                whole, own, group = buffer.weights[bucket.start:bucket.stop], buffer.weights[bucket.own()], buffer.axis.group
+                self.coming[bucket] = self._beside(functools.partial(all_gather, own, group, out=whole), whole)
+
+    def ready(self, buckets: Iterable[Bucket] | None = None) -> None:
+        """Wait for the weights of some buckets that gather_weights() began with; default: of all."""
+        for bucket in list(self.coming) if buckets is None else buckets:
+            if (wait := self.coming.pop(bucket, None)) is not None:
+                wait()
+        if self.worker is not None:
+            self.worker.check()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Begin a step: what is in main_grad is written over by the next gradient."""

@@ -17,6 +17,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from ..kernels import grad_square_sum
 from ..kernels.comm import all_reduce
 from .mesh import Axis, Mesh
 
@@ -180,14 +181,15 @@ def grad_norm(model: nn.Module, mesh: Mesh, parts: Parts = own_grad, *, sharded:
     """The 2-norm of the whole model's gradient, every parameter counted once, summed in fp64 (0-d, fp64). Collective.
 
     What n ranks hold counts 1/n on each: n = copies over tp, times dp (experts: edp) unless `sharded`: there each holds another
-    part; times the stages that hold it (`param.stages`: tied embeddings). torch's fp32 norm on a CPU is off by up to 3e-4 on large
-    tensors."""
-    total = torch.zeros(1, dtype=torch.float64)
+    part; times the stages that hold it (`param.stages`: tied embeddings)."""
+    grads: list[Tensor] = []
+    factors: list[float] = []
     for _, piece, param in named_pieces(model):
         holders = piece.copies * getattr(param, "stages", 1) * (1 if sharded else gradient_axis(param, mesh)[0].size)
-        for view in _views(piece, param, parts):
-            part = torch.linalg.vector_norm(view, dtype=torch.float64).square() / holders
-            total = total.to(part.device) + part
+        views = list(_views(piece, param, parts))
+        grads += views
+        factors += [1 / holders] * len(views)
+    total = grad_square_sum(grads, factors)
     for axis in (mesh.tp, mesh.dp, mesh.pp):                          # tp and dp: the ranks of a stage, experts' too
         if axis.size > 1:
             total = all_reduce(total, axis.group)

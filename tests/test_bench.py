@@ -375,7 +375,7 @@ def test_what_counts_as_slower():
 
 def test_every_op_has_a_bench():
     assert {p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")} == {*OPS}
-    helpers = {"__init__", "dispatch", "gemm", "heap", "agree", "choose", "overlap", "pad", "protocol", "registry", "signals", "tile",
+    helpers = {"__init__", "chunks", "dispatch", "gemm", "heap", "agree", "choose", "overlap", "pad", "protocol", "registry", "signals", "tile",
                "walk", "triton_ag", "triton_ar", "triton_rs"}         # no op of their own
     ops = {p.stem for p in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "kernels/comm").glob("*.py")]} - helpers
     assert ops <= {*OPS}, f"without a bench: {sorted(ops - {*OPS})}"
@@ -391,7 +391,7 @@ def test_cases(op, sweep):
         assert found and len({*keys}) == len(keys) and all(c.world == world for c in found)
         if op not in ("train_step", "route_plan") and (op, sweep) != ("collectives", "quick-cuda"):   # a plan has no type, no gradient
             assert {c.dtype for c in found} == {"float32", "bfloat16"}
-        if op not in ("train_step", "collectives", "route_plan"):
+        if op not in ("train_step", "collectives", "route_plan", "adamw", "grad_norm"):
             assert {c.direction for c in found} == {"fwd", "bwd", "fwd+bwd"} and any(c.name == "odd" for c in found)
 
 

@@ -53,7 +53,7 @@ def _equal(rank, world, options, tp, sp, **optim):
     bad = [f for f in found if not f.error <= TOLERANCE]
     assert not bad, "\n".join(f"{f.what} {f.name}: {f.error:.1e}" for f in bad[:10])
     kinds = {f.what for f in found}
-    assert kinds == {"loss", "gradient", "gradient norm", "weight"}
+    assert kinds == {"activation", "loss", "gradient", "gradient norm", "weight"}
 
 
 @pytest.mark.parametrize("sp", [False, True], ids=["", "sp"])

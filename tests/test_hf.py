@@ -115,8 +115,8 @@ def test_a_converted_model_trains_and_speaks(tmp_path, monkeypatch):
     assert (run.step, run.samples) == (0, 0)
     for (name, _, p), (_, _, q) in zip(named_pieces(run.model), named_pieces(model)):
         assert torch.equal(p, q), name
-    for weights, master in run.optimizer.copies:
-        assert torch.equal(weights.float(), master)
+    for runs in run.optimizer.runs:
+        assert runs.copies and all(torch.equal(weights.float(), master) for weights, master in zip(runs.copies, runs.weights))
     run.train()
     assert (tmp_path / "new" / "checkpoints" / "latest").read_text() == "step-00000002"
     assert generate(tmp_path / "new", "to", tokens=3)

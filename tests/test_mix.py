@@ -99,7 +99,8 @@ def _equal(rank, o):
     found = compare(cfg, Mesh.build(Layout.from_config(cfg, world(o))), vocab_size=cfg.model.vocab_size, steps=5)
     bad = [f for f in found if not f.error <= TOLERANCE]
     assert not bad, "\n".join(f"{f.what} {f.name}: {f.error:.1e} {f.cause}" for f in bad[:10])
-    kinds = {"loss", "gradient", "gradient norm", "weight"} | ({"balancing losses", "tokens per expert"} if o["experts"] else set())
+    kinds = {"activation", "loss", "gradient", "gradient norm", "weight"}
+    kinds |= {"balancing losses", "tokens per expert"} if o["experts"] else set()
     assert {f.what for f in found} == kinds
     names = {f.name for f in found if f.what == "weight"}
     assert {int(n.split(".")[1]) for n in names if n.startswith("layers.")} == set(range(cfg.model.num_layers)), "a stage was not compared"

@@ -14,6 +14,7 @@ from interlace.parallel.mesh import Mesh
 TIED = {"pipeline_model_parallel_size": 2, "share_embeddings_and_output_weights": True}
 EXPERTS = {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.5, "tensor_model_parallel_size": 2, "sequence_parallel": True,
            "expert_model_parallel_size": 2}
+CHUNKS = {"num_layers": 4, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 mesh_of = kept(Mesh.build)
 
 
@@ -42,6 +43,13 @@ def expert_over_dp(model):
         moe.experts.up.weight.expert = False
 
 
+def chunks_exchanged(model):
+    """Each of a rank's two stages receives the activations that are the other's."""
+    first, second = sorted(model.plan)
+    if first:                                                         # the rank without the embedding
+        model.plan[first], model.plan[second] = model.plan[second], model.plan[first]
+
+
 def nothing(model):
     pass
 
@@ -61,10 +69,15 @@ def _plant(rank, model, plant, skip_tied, wrong):
         train.reduce_tied_grads = plain
     off = {f"{f.what} {f.name}" for f in found if not f.error <= TOLERANCE}
     assert bool(off) == bool(wrong) and all(any(w in o for o in off) for w in wrong), sorted(off)
+    if plant is chunks_exchanged:
+        causes = {f.name: f.cause for f in found if f.what == "activation" and f.error > TOLERANCE}
+        assert causes["layers.3 input"].startswith("received the input of layers.1 at sample "), causes
+        assert "layers.0 input" not in causes
 
 
 @pytest.mark.parametrize("model, plant, skip_tied, wrong", [
-    (TIED, nothing, False, []), (EXPERTS, nothing, False, []),
+    (TIED, nothing, False, []), (EXPERTS, nothing, False, []), (CHUNKS, nothing, False, []),
+    (CHUNKS, chunks_exchanged, False, ["activation layers.3 input", "loss step 1", "gradient layers.1"]),
     (TIED, nothing, True, ["gradient embed_tokens.weight", "gradient norm"]), (TIED, tied_counted_twice, False, ["gradient norm"]),
     (EXPERTS, router_not_summed, False, ["mlp.gate.weight"]),
     (EXPERTS, losses_at_another_scale, False, ["mlp.gate.weight", "balancing losses"]),
