@@ -25,6 +25,7 @@ OPS = {                                                               # name of 
     "gemm_rs": ("many", "gemm_rs, ag_gemm"),
     "dispatch": ("many", "dispatch and combine of expert parallelism, with the plan"),
     "rs_residual_norm": ("many", "rs_residual_norm with RMSNorm and LayerNorm"),
+    "replace": ("one", "a step of transformers' Llama after replace_, against stock"),
     "train_step": ("both", "a training step of a GPT, against torch's tensor parallel"),
 }
 
