@@ -9,6 +9,8 @@ OPS = {                                                               # name of 
     "rms_norm": ("one", "rms_norm, add_rms_norm"),
     "layer_norm": ("one", "layer_norm, add_layer_norm"),
     "swiglu": ("one", "swiglu"),
+    "gated": ("one", "gated: silu, gelu and gelu_tanh of a gate, times up"),
+    "gelu": ("one", "gelu, exact and tanh"),
     "rope": ("one", "rope on a slice of a fused qkv buffer"),
     "dropout": ("one", "dropout, whole and a shard"),
     "cross_entropy": ("one", "cross_entropy"),
@@ -25,6 +27,7 @@ OPS = {                                                               # name of 
     "gemm_rs": ("many", "gemm_rs, ag_gemm"),
     "dispatch": ("many", "dispatch and combine of expert parallelism, with the plan"),
     "rs_residual_norm": ("many", "rs_residual_norm with RMSNorm and LayerNorm"),
+    "replace": ("one", "a step of transformers' Llama after replace_, against stock"),
     "train_step": ("both", "a training step of a GPT, against torch's tensor parallel"),
 }
 

@@ -23,8 +23,9 @@ def _module(name: str) -> Any:                                        # by path:
     return import_module(f"..kernels.{name}", __package__)
 
 
-RMS, LN, SWIGLU, ROPE, CE, DROPOUT, ROUTER, PLAN, PERMUTE, UNPERMUTE, GROUPED = map(_module, (
-    "rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout", "router", "route_plan", "permute", "unpermute", "grouped_gemm"))
+RMS, LN, SWIGLU, GATED, GELU, ROPE, CE, DROPOUT, ROUTER, PLAN, PERMUTE, UNPERMUTE, GROUPED = map(_module, (
+    "rms_norm", "layer_norm", "swiglu", "gated", "gelu", "rope", "cross_entropy", "dropout", "router", "route_plan", "permute", "unpermute",
+    "grouped_gemm"))
 ADAMW, NORM = _module("adamw"), _module("grad_norm")
 PAD, AR, AG, RS = map(_module, ("comm.pad", "comm.triton_ar", "comm.triton_ag", "comm.triton_rs"))
 Launch = Callable[[torch.dtype], object]
@@ -84,14 +85,39 @@ def _swiglu(N: int, F: int) -> list[Case]:
     ]
 
 
+def _gelus(N: int, F: int) -> list[Case]:
+    """Gemma 2 27B's ffn of 36864, gated by its gelu_tanh, and the other activations; GPT-3's gelu is as wide as 49152."""
+    x: Callable[[torch.dtype], Tensor] = lambda dt: _new(N, F, dtype=dt)      # noqa: E731
+    found = []
+    for act, name in enumerate(GATED.ACTIVATIONS):
+        found += [
+            Case("gated", f"{name} {N}x{F}", lambda dt, act=act: GATED._launch_fwd(x(dt), x(dt), act),
+                 {"_fwd_kernel": lambda s: 3 * N * F * s}, 12 * N * F),
+            Case("gated", f"{name} {N}x{F}", lambda dt, act=act: GATED._launch_bwd(x(dt), x(dt), x(dt), act),
+                 {"_bwd_kernel": lambda s: 5 * N * F * s}, 18 * N * F)]
+    for form in (False, True):
+        name = "tanh" if form else "exact"
+        found += [
+            Case("gelu", f"{name} {N}x{F}", lambda dt, form=form: GELU._launch_fwd(x(dt), form),
+                 {"_fwd_kernel": lambda s: 2 * N * F * s}, 10 * N * F),
+            Case("gelu", f"{name} {N}x{F}", lambda dt, form=form: GELU._launch_bwd(x(dt), x(dt), form),
+                 {"_bwd_kernel": lambda s: 3 * N * F * s}, 15 * N * F)]
+    return found
+
+
 def _rope(S: int, B: int, H: int, Dh: int) -> list[Case]:
-    """Llama 70B's queries, a slice of a fused qkv with 8 key and 8 value heads, and the contiguous gradient."""
+    """Llama 70B's queries, a slice of a fused qkv with 8 key and 8 value heads, and the contiguous gradient; Hugging Face's [B, H, S, Dh]
+    with a fourth of the head left alone and tables for each sample; GPT-J's neighbouring pairs."""
     floor: dict[str, Floor] = {"_kernel": lambda s: 2 * S * B * H * Dh * s + 4 * S * Dh}
-    table, size, flops = lambda: _new(S, Dh // 2), f"{S}x{B}x{H}x{Dh}", 3 * S * B * H * Dh
+    table, size, flops = lambda: _new(S, 1, Dh // 2).expand(S, B, -1), f"{S}x{B}x{H}x{Dh}", 3 * S * B * H * Dh
     q = lambda dt: _new(S, B, H + 16, Dh, dtype=dt)[:, :, :H]                                 # noqa: E731
+    heads, own = lambda dt: _new(B, S, H, Dh, dtype=dt).transpose(0, 1), lambda: _new(B, S, Dh * 3 // 4)[..., :Dh * 3 // 8].transpose(0, 1)
     return [
-        Case("rope", f"qkv {size}", lambda dt: ROPE._launch(q(dt), table(), table(), False), floor, flops),
-        Case("rope", f"inverse {size}", lambda dt: ROPE._launch(_new(S, B, H, Dh, dtype=dt), table(), table(), True), floor, flops),
+        Case("rope", f"qkv {size}", lambda dt: ROPE._launch(q(dt), table(), table(), False, False), floor, flops),
+        Case("rope", f"inverse {size}", lambda dt: ROPE._launch(_new(S, B, H, Dh, dtype=dt), table(), table(), True, False), floor, flops),
+        Case("rope", f"partial {size}", lambda dt: ROPE._launch(heads(dt), own(), own(), False, False),
+             {"_kernel": lambda s: 2 * S * B * H * Dh * s + 3 * S * B * Dh}, flops),
+        Case("rope", f"interleaved {size}", lambda dt: ROPE._launch(_new(S, B, H, Dh, dtype=dt), table(), table(), False, True), floor, flops),
     ]
 
 
@@ -203,7 +229,7 @@ def _overlapped(M: int, N: int, K: int, W: int) -> list[Case]:
 
 
 CASES: list[Case] = [
-    *_norms(8192, 8192), *_norms(8192, 12288), *_swiglu(8192, 28672), *_rope(4096, 2, 64, 128),
+    *_norms(8192, 8192), *_norms(8192, 12288), *_swiglu(8192, 28672), *_gelus(8192, 36864), *_rope(4096, 2, 64, 128),
     *_cross_entropy(8192, 128256 // 8), *_dropout(8192, 8192),
     *_moe(16384, 2048, 8, 128), *_experts(16384, 2048, 768, 8, 128),
     *_router(16384, 8, 2, 0, "16384x8 2 of 8"), *_router(16384, 128, 8, 0, "16384x128 8 of 128"),

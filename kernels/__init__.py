@@ -5,6 +5,8 @@ from .adamw import adamw, adamw_ref
 from .cross_entropy import cross_entropy, cross_entropy_ref
 from .dropout import dropout, dropout_ref
 from .experts import expert_mlp, expert_mlp_ref
+from .gated import gated, gated_ref
+from .gelu import gelu, gelu_ref
 from .grad_norm import grad_norm, grad_square_sum, grad_square_sum_ref
 from .grouped_gemm import grouped_gemm, grouped_gemm_ref, grouped_wgrad, grouped_wgrad_ref
 from .layer_norm import add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
@@ -18,8 +20,8 @@ from .unpermute import unpermute, unpermute_ref
 
 __all__ = ["RoutePlan", "Routing", "adamw", "adamw_ref", "add_layer_norm", "add_layer_norm_ref", "add_rms_norm",
            "add_rms_norm_ref", "aux_loss", "cross_entropy", "cross_entropy_ref", "dropout", "dropout_ref", "expert_mlp",
-           "expert_mlp_ref", "forced_balance", "from_mask", "grad_norm", "grad_square_sum", "grad_square_sum_ref",
-           "grouped_gemm", "grouped_gemm_ref", "grouped_wgrad", "grouped_wgrad_ref", "jitter", "layer_norm", "layer_norm_ref",
-           "permute", "permute_ref", "rms_norm", "rms_norm_ref", "rope", "rope_ref", "rope_tables", "route_plan",
-           "route_plan_ref", "router", "router_ref", "swiglu", "swiglu_ref", "unpermute", "unpermute_ref", "update_expert_bias",
-           "z_loss"]
+           "expert_mlp_ref", "forced_balance", "from_mask", "gated", "gated_ref", "gelu", "gelu_ref", "grad_norm",
+           "grad_square_sum", "grad_square_sum_ref", "grouped_gemm", "grouped_gemm_ref", "grouped_wgrad", "grouped_wgrad_ref",
+           "jitter", "layer_norm", "layer_norm_ref", "permute", "permute_ref", "rms_norm", "rms_norm_ref", "rope", "rope_ref",
+           "rope_tables", "route_plan", "route_plan_ref", "router", "router_ref", "swiglu", "swiglu_ref", "unpermute",
+           "unpermute_ref", "update_expert_bias", "z_loss"]

@@ -1,11 +1,12 @@
-"""rms_norm: y = h * rstd * w,   rstd = 1 / sqrt(mean(h^2, -1) + eps),   h = x, or x + residual in add_rms_norm
+"""rms_norm: y = h * rstd * (w + offset),   rstd = 1 / sqrt(mean(h^2, -1) + eps),   h = x, or x + residual in add_rms_norm;
+               offset: 0, or 1 where weights are stored less one (Gemma)
 
 Shapes    x, residual, h, y, dy, dh, dx [N, D]    w, dw [D]    rstd [N] fp32 (fp64 for fp64), saved for backward
-Backward  xhat = h * rstd;  g = dy * w;  dx = rstd * (g - xhat * mean(g * xhat, -1)) + dh;  dw = sum(dy * xhat, 0)
+Backward  xhat = h * rstd;  g = dy * (w + offset);  dx = rstd * (g - xhat * mean(g * xhat, -1)) + dh;  dw = sum(dy * xhat, 0)
           add_rms_norm: dresidual = dx; dh is the gradient of the returned h.
 Bytes     fwd (2ND + D) * itemsize + 4N (add: 4ND)     bwd (3ND + 2D) * itemsize + 4N + 8PD   (P = number of partial sums)
 FLOPs     fwd 4ND   bwd 9ND  -> bandwidth-bound
-Numerics  statistics and dw partials in fp32, one rounding per output. One row per step: D <= 16384 in Triton.
+Numerics  statistics, w + offset and dw partials in fp32, one rounding per output. One row per step: D <= 16384 in Triton.
 """
 import torch
 from torch import Tensor
@@ -15,22 +16,22 @@ from .dispatch import define, differentiable, fused, row_warps, tl, triton
 # ---- reference ------------------------------------------------------------------------------------------------
 
 
-def rms_norm_ref(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
+def rms_norm_ref(x: Tensor, w: Tensor, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
     xf = x if x.dtype == torch.float64 else x.float()                 # [..., D]
     rstd = torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)      # [..., 1]
-    return (xf * rstd * w.to(xf.dtype)).to(x.dtype)
+    return (xf * rstd * (w.to(xf.dtype) + offset)).to(x.dtype)
 
 
-def add_rms_norm_ref(x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def add_rms_norm_ref(x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     h = x + residual                                                  # [..., D]
-    return h, rms_norm_ref(h, w, eps)
+    return h, rms_norm_ref(h, w, eps, offset)
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _fwd_kernel(x_ptr, res_ptr, w_ptr, h_ptr, y_ptr, rstd_ptr, D, eps, ADD: tl.constexpr, BLOCK_D: tl.constexpr):
+def _fwd_kernel(x_ptr, res_ptr, w_ptr, h_ptr, y_ptr, rstd_ptr, D, eps, offset, ADD: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_D)                                      # [BLOCK_D]
     mask = offs < D
@@ -40,18 +41,18 @@ def _fwd_kernel(x_ptr, res_ptr, w_ptr, h_ptr, y_ptr, rstd_ptr, D, eps, ADD: tl.c
         h = x.to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + row * D + offs, h, mask=mask)
         x = h.to(tl.float32)                                          # normalise what the backward will read
-    w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32) + offset
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
     tl.store(y_ptr + row * D + offs, x * rstd * w, mask=mask)
     tl.store(rstd_ptr + row, rstd)
 
 
 @triton.jit
-def _bwd_kernel(dy_ptr, h_ptr, w_ptr, rstd_ptr, dh_ptr, dx_ptr, dw_ptr, N, D, DH: tl.constexpr, BLOCK_D: tl.constexpr):
+def _bwd_kernel(dy_ptr, h_ptr, w_ptr, rstd_ptr, dh_ptr, dx_ptr, dw_ptr, N, D, offset, DH: tl.constexpr, BLOCK_D: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_D)
     mask = offs < D
-    w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32) + offset
     dw = tl.zeros([BLOCK_D], dtype=tl.float32)
     for row in range(pid, N, tl.num_programs(0)):                     # strided rows: dw stays in registers
         at = row * D + offs
@@ -71,23 +72,24 @@ def _bwd_kernel(dy_ptr, h_ptr, w_ptr, rstd_ptr, dh_ptr, dx_ptr, dw_ptr, N, D, DH
 # ---- ops ------------------------------------------------------------------------------------------------------
 
 
-def _launch_fwd(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_fwd(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     D = x.shape[-1]
     h, y = torch.empty_like(x) if residual is not None else x, torch.empty_like(x)
     rstd = x.new_empty(x.numel() // max(D, 1), dtype=torch.float32)
     if rstd.numel():
         block = triton.next_power_of_2(D)
-        _fwd_kernel[(rstd.numel(),)](x, residual, w, h, y, rstd, D, eps, residual is not None, block, num_warps=row_warps(block))
+        _fwd_kernel[(rstd.numel(),)](x, residual, w, h, y, rstd, D, eps, offset, residual is not None, block,
+                                     num_warps=row_warps(block))
     return h, y, rstd
 
 
-def _launch_bwd(dy: Tensor, h: Tensor, w: Tensor, rstd: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+def _launch_bwd(dy: Tensor, h: Tensor, w: Tensor, rstd: Tensor, dh: Tensor, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     N, D = rstd.numel(), h.shape[-1]
     P = min(N, 4 * torch.cuda.get_device_properties(h.device).multi_processor_count) if h.is_cuda else min(N, 4)
     dx, dw = torch.empty_like(h), h.new_empty(P, D, dtype=torch.float32)
     if N:
         block = triton.next_power_of_2(D)
-        _bwd_kernel[(P,)](dy, h, w, rstd, dh, dx, dw, N, D, dh.numel() > 0, block, num_warps=row_warps(block))
+        _bwd_kernel[(P,)](dy, h, w, rstd, dh, dx, dw, N, D, offset, dh.numel() > 0, block, num_warps=row_warps(block))
     return dx, dw.sum(0).to(w.dtype)
 
 
@@ -95,38 +97,39 @@ def _stat(x: Tensor) -> Tensor:
     return x.new_empty(x.numel() // max(x.shape[-1], 1), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-define("rms_norm_fwd(Tensor x, Tensor w, float eps) -> (Tensor, Tensor)",
-       lambda x, w, eps: _launch_fwd(x, None, w, eps)[1:],
-       lambda x, w, eps: (torch.empty_like(x), _stat(x)))
-define("add_rms_norm_fwd(Tensor x, Tensor residual, Tensor w, float eps) -> (Tensor, Tensor, Tensor)",
+define("rms_norm_fwd(Tensor x, Tensor w, float eps, float offset=0.0) -> (Tensor, Tensor)",
+       lambda x, w, eps, offset=0.0: _launch_fwd(x, None, w, eps, offset)[1:],
+       lambda x, w, eps, offset=0.0: (torch.empty_like(x), _stat(x)))
+define("add_rms_norm_fwd(Tensor x, Tensor residual, Tensor w, float eps, float offset=0.0) -> (Tensor, Tensor, Tensor)",
        _launch_fwd,
-       lambda x, residual, w, eps: (torch.empty_like(x), torch.empty_like(x), _stat(x)))
-define("rms_norm_bwd(Tensor dy, Tensor h, Tensor w, Tensor rstd, Tensor dh) -> (Tensor, Tensor)",
+       lambda x, residual, w, eps, offset=0.0: (torch.empty_like(x), torch.empty_like(x), _stat(x)))
+define("rms_norm_bwd(Tensor dy, Tensor h, Tensor w, Tensor rstd, Tensor dh, float offset=0.0) -> (Tensor, Tensor)",
        _launch_bwd,
-       lambda dy, h, w, rstd, dh: (torch.empty_like(h), torch.empty_like(w)))
+       lambda dy, h, w, rstd, dh, offset=0.0: (torch.empty_like(h), torch.empty_like(w)))
 
 # ---- autograd -------------------------------------------------------------------------------------------------
 
 
 def _setup(ctx, inputs, output):
-    x, w, _ = inputs
+    x, w, _, ctx.offset = inputs
     ctx.save_for_backward(x, w, output[1])
 
 
 def _backward(ctx, dy, *_):
     x, w, rstd = ctx.saved_tensors
-    dx, dw = torch.ops.interlace.rms_norm_bwd(dy.contiguous(), x, w, rstd, x.new_empty(0))
-    return dx, dw, None
+    dx, dw = torch.ops.interlace.rms_norm_bwd(dy.contiguous(), x, w, rstd, x.new_empty(0), ctx.offset)
+    return dx, dw, None, None
 
 
 def _add_setup(ctx, inputs, output):
     ctx.save_for_backward(output[0], inputs[2], output[2])
+    ctx.offset = inputs[4]
 
 
 def _add_backward(ctx, dh, dy, *_):
     h, w, rstd = ctx.saved_tensors
-    dx, dw = torch.ops.interlace.rms_norm_bwd(dy.contiguous(), h, w, rstd, dh.contiguous())
-    return dx, dx, dw, None
+    dx, dw = torch.ops.interlace.rms_norm_bwd(dy.contiguous(), h, w, rstd, dh.contiguous(), ctx.offset)
+    return dx, dx, dw, None, None
 
 
 _rms_norm = differentiable("rms_norm_fwd", _setup, _backward)
@@ -144,20 +147,20 @@ def _check(op: str, x: Tensor, w: Tensor) -> None:
         raise ValueError(f"{op}: D must be <= 16384 on CUDA, got {x.shape[-1]}; use {op}_ref")
 
 
-def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
-    """RMS normalisation over the last dimension.
+def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
+    """RMS normalisation over the last dimension, times w + offset.
 
-    Args: x [..., D] float32, bfloat16, float16 or float64; w [D] of the same dtype.
+    Args: x [..., D] float32, bfloat16, float16 or float64; w [D] of the same dtype; offset: added to w in fp32 (1 for Gemma's weights).
     Returns: y [..., D]. Raises: ValueError when w is not [D] or of another dtype. Source: arXiv:1910.07467.
     """
     _check("rms_norm", x, w)
     if not fused(x, w):
-        return rms_norm_ref(x, w, eps)
-    return _rms_norm(x.contiguous(), w, eps)
+        return rms_norm_ref(x, w, eps, offset)
+    return _rms_norm(x.contiguous(), w.contiguous(), eps, offset)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """h = x + residual, y = rms_norm(h, w), in one pass.
+def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """h = x + residual, y = rms_norm(h, w, eps, offset), in one pass.
 
     Args: x, residual [..., D] of one shape and dtype; w [D]. Returns: (h, y). Raises: ValueError as `rms_norm`.
     """
@@ -166,5 +169,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6) -> t
         raise ValueError(f"add_rms_norm: residual must be {list(x.shape)} {x.dtype} like x, "
                          f"got {list(residual.shape)} {residual.dtype}")
     if not fused(x, residual, w):
-        return add_rms_norm_ref(x, residual, w, eps)
-    return _add_rms_norm(x.contiguous(), residual.contiguous(), w, eps)
+        return add_rms_norm_ref(x, residual, w, eps, offset)
+    return _add_rms_norm(x.contiguous(), residual.contiguous(), w.contiguous(), eps, offset)

@@ -79,7 +79,7 @@ class _Checked:
 class ModelConfig(_Checked):
     num_layers: Count = 4                                       # transformer blocks
     hidden_size: Count = 256                                    # features of the residual stream
-    ffn_hidden_size: Count | None = None                        # None: gelu 4 * hidden, swiglu 8/3 * hidden up to x64
+    ffn_hidden_size: Count | None = None                        # None: 4 * hidden; swiglu 8/3 * hidden up to x64
     num_attention_heads: Count = 8                              # query heads
     num_query_groups: Count | None = None                       # key / value heads; None: one per query head
     kv_channels: Count | None = None                            # features of one head; None: hidden / heads
@@ -88,7 +88,7 @@ class ModelConfig(_Checked):
     make_vocab_size_divisible_by: Count = 128                   # the embedding is padded to a multiple of this
     normalization: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     layernorm_epsilon: Positive = 1e-5                          # of either norm
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"   # gelu_tanh: GPT-2's gelu_new
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
     rotary_base: Positive = 10000.0                             # rope only
     share_embeddings_and_output_weights: bool = False           # one matrix for input and output
@@ -128,12 +128,17 @@ class ModelConfig(_Checked):
     micro_batch_size: Count = 4                                 # samples of one forward pass of a data-parallel rank
     global_batch_size: Count = 16                               # samples of one step on all ranks
 
+    def _between(self) -> list[str]:
+        if self.num_moe_experts is None or self.activation != "gelu_tanh":
+            return []
+        return ["model.activation must be swiglu or gelu with experts, got gelu_tanh; set model.activation=gelu"]
+
     @property
     def ffn_size(self) -> int:
         """ffn_hidden_size with its default filled in."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
-        return 4 * self.hidden_size if self.activation == "gelu" else -(-8 * self.hidden_size // (3 * 64)) * 64
+        return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.hidden_size
 
     @property
     def query_groups(self) -> int:

@@ -10,7 +10,8 @@ Legend  S sequence, B micro-batch, D hidden, H query heads, Hkv key / value head
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels import add_layer_norm, add_rms_norm, dropout, layer_norm, rms_norm, rope, rope_tables, swiglu
+from ..kernels import add_layer_norm, add_rms_norm, dropout, gelu, layer_norm, rms_norm, rope, rope_tables, swiglu
 from ..kernels.comm import rs_residual_norm
 from ..parallel.deferred import Deferred
 from ..parallel.expert_parallel import MoELayer, RouterOptions
@@ -115,6 +116,9 @@ class Attention(nn.Module):
         return self.dropout(p, base, (H * S * S, S * S, S, 1)) @ v
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
+
+
 class MLP(nn.Module):
     """SwiGLU (gate and up fused into one product) or GELU: [S/t, B, D] -> [S/t, B, D], summed over tp."""
 
@@ -122,7 +126,7 @@ class MLP(nn.Module):
         super().__init__()
         D, ffn = cfg.hidden_size, ffn or cfg.ffn_size
         parts = {"gate_proj": (ffn, ffn), "up_proj": (ffn, ffn)} if cfg.activation == "swiglu" else {"up_proj": (ffn, ffn)}
-        self.activation = swiglu if cfg.activation == "swiglu" else F.gelu
+        self.activation = ACTIVATIONS[cfg.activation]
         self.up = ColumnParallelLinear(D, tp=tp, parts=parts, bias=cfg.add_bias_linear, dtype=dtype, init_std=cfg.init_method_std,
                                        sequence_parallel=cfg.sequence_parallel)
         self.down_proj = RowParallelLinear(ffn, D, tp=tp, bias=cfg.add_bias_linear, dtype=dtype, init_std=_output_std(cfg),

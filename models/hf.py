@@ -19,7 +19,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ class Row:
 
 _GPT2 = {"embed_tokens.weight": "wte.weight", "position_embeddings": "wpe.weight", "input_layernorm": "ln_1",
          "post_attention_layernorm": "ln_2", "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
+_GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}   # transformers' words and ours
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -130,7 +131,8 @@ def _gpt2_row(name: str, shape: tuple[int, ...]) -> list[Row]:
 def architecture_of(w: Words) -> str:
     """The transformers class that computes what a model with these words computes. Raises: UserError with every reason why none does."""
     if w["position_embedding_type"] == "learned_absolute":
-        name, wanted = GPT2, {"normalization": "layernorm", "activation": "gelu", "add_bias_linear": True}
+        act = w["activation"] if w["activation"] in _GELUS.values() else "gelu"
+        name, wanted = GPT2, {"normalization": "layernorm", "activation": act, "add_bias_linear": True}
         wanted |= {"query_groups": w["num_attention_heads"]}
     else:
         name, wanted = LLAMA, {"normalization": "rmsnorm", "activation": "swiglu"}
@@ -162,7 +164,8 @@ def to_config(architecture: str, w: Words, *, seq_length: int, precision: str, e
               "eos_token_id": eos, "tie_word_embeddings": w["share_embeddings_and_output_weights"]}
     if architecture == GPT2:
         return {"model_type": "gpt2", **common, "n_positions": w["seq_length"], "n_embd": w["hidden_size"], "n_layer": w["num_layers"],
-                "n_head": w["num_attention_heads"], "n_inner": w["ffn_size"], "activation_function": "gelu",
+                "n_head": w["num_attention_heads"], "n_inner": w["ffn_size"],
+                "activation_function": "gelu" if w["activation"] == "gelu" else "gelu_new",
                 "layer_norm_epsilon": w["layernorm_epsilon"], "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     theirs = {"model_type": "llama", **common, "hidden_size": w["hidden_size"], "intermediate_size": w["ffn_size"],
               "num_hidden_layers": w["num_layers"], "num_attention_heads": w["num_attention_heads"],
@@ -189,11 +192,14 @@ def from_config(c: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     sizes["vocab_size"] = "vocab_size"
     reasons = [f"{theirs} must be there, got none" for theirs in sizes.values() if c.get(theirs) is None]
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    fixed = {"activation_function": ("gelu", "gelu_new"), "scale_attn_weights": (True, True), "add_cross_attention": (False, False),
+    fixed = {"scale_attn_weights": (True, True), "add_cross_attention": (False, False),
              "scale_attn_by_inverse_layer_idx": (False, False), "reorder_and_upcast_attn": (False, False)} if gpt2 else {
              "hidden_act": ("silu", "silu"), "sliding_window": (None, None), "mlp_bias": (c.get("attention_bias", False), False)}
     reasons += [f"{word} must be {value}, got {c.get(word, default)}" for word, (value, default) in fixed.items()
                 if c.get(word, default) != value]
+    act = c.get("activation_function", "gelu_new")                    # of GPT-2
+    if gpt2 and act not in _GELUS:
+        reasons.append(f"activation_function must be one of {', '.join(_GELUS)}, got {act}")
     if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
         reasons.append(f"rope must be plain (rope_type default), got {kind}")
     if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
@@ -203,7 +209,7 @@ def from_config(c: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     words["share_embeddings_and_output_weights"] = c.get("tie_word_embeddings", gpt2)
     if gpt2:
         return architecture, {**words, "ffn_hidden_size": c.get("n_inner") or 4 * c["n_embd"], "normalization": "layernorm",
-                              "activation": "gelu", "position_embedding_type": "learned_absolute", "add_bias_linear": True,
+                              "activation": _GELUS[act], "position_embedding_type": "learned_absolute", "add_bias_linear": True,
                               "layernorm_epsilon": c.get("layer_norm_epsilon", 1e-5)}
     theta = rope.get("rope_theta") or c.get("rope_theta") or (1e6 if architecture == MIXTRAL else 1e4)
     return architecture, {**words, "num_query_groups": c.get("num_key_value_heads") or c["num_attention_heads"],
@@ -280,6 +286,8 @@ def from_hf(source: Path, out: Path) -> str:
     w = checkpoint.model_words(Config(model=model), model.vocab_size or 0)
     table, shapes = rows(architecture, w), dict(parameters(w))
     with _their_files(source) as f:
+        if "wte.weight" in f:                                         # the released GPT-2: files of the model under the head
+            table = [replace(row, theirs=row.theirs.removeprefix("transformer.")) for row in table]
         precision = _check(table, shapes, f, source)
         part_of = {name: (row, i) for row in table for i, name in enumerate(row.ours)}
         tokenizer = str((out / "tokenizer.json").absolute()) if (source / "tokenizer.json").exists() else "bytes"

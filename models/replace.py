@@ -28,7 +28,7 @@ from .replace_report import Report, Row, Verification
 
 __all__ = ["replace_", "restore_", "use", "verify"]
 
-KERNELS = ("cross_entropy", "expert_mlp", "layer_norm", "rms_norm", "swiglu")
+KERNELS = ("cross_entropy", "expert_mlp", "gated", "gelu", "layer_norm", "rms_norm", "rope", "swiglu")
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
@@ -40,7 +40,7 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
     Args:
         mesh: None for one device, or this rank's Mesh: layers are split over its tp axis; every rank calls with the same whole model.
         plan: "auto" (by structure), None (split nothing), or {pattern: "column" | "row" | "gather" | "vocab"} (fnmatch on names).
-        kernels: "auto", "none", or names out of cross_entropy, expert_mlp, layer_norm, rms_norm, swiglu.
+        kernels: "auto", "none", or names out of cross_entropy, expert_mlp, gated, gelu, layer_norm, rms_norm, rope, swiglu.
         only, skip: patterns (fnmatch) of module names to look at, or to leave alone, with all below them.
         strict: raise where a pattern matches nothing, or a candidate has to be left as it is. dry_run: report only.
     Returns: Report. Raises: ValueError for a model on meta, wrapped (DDP, FSDP, torch.compile), of mixed dtypes, with one module in

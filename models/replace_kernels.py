@@ -9,6 +9,9 @@ autocast, say) and under `use(kernels="original")`.
     1-d weight, y = x * rstd * w or * (1 + w)                                      rms_norm
     1-d weight and maybe bias, y = (x - mean) * rstd * w + b                       layer_norm
     gate_proj, up_proj, down_proj (or gate_up_proj): down(silu(gate(x)) * up(x))   both products into one buffer, swiglu
+    the same with either gelu in place of silu                                     gated
+    no parameters, either gelu of its input                                        gelu
+    a forward that calls a function (q, k, cos, sin) of its file, which turns halves   rope, in a copy of that forward
     3-d gate_up_proj [E, 2F, H] and down_proj [E, H, F], called with chosen experts and their weights     route_plan, expert_mlp
     nn.CrossEntropyLoss; a model's `loss_function` equal to the shifted mean over labels                  cross_entropy
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import cross_entropy, dispatch, expert_mlp, layer_norm, rms_norm, route_plan, swiglu
+from ..kernels import cross_entropy, dispatch, expert_mlp, gated, gelu, layer_norm, rms_norm, route_plan, swiglu
 from ..kernels.comm.gemm import gemm
 from ..kernels.comm.gemm_ar import reduced_product
 from ..parallel.tensor_parallel import ColumnParallelLinear
+from .replace_rope import rotary_call, turning
 
 WIDEST = 16384                                                        # of a norm's row in the Triton kernels
 
@@ -40,6 +45,7 @@ class Change:
     kernel: str = ""
     eps: Any = None                                                   # a float; None: the dtype's own, as in nn.RMSNorm
     offset: float = 0.0                                               # y = xhat * (offset + w)
+    activation: str = ""                                              # silu, gelu, gelu_tanh
     style: str = ""                                                   # sharding: column, row, ...
     attributes: dict[str, Any] = field(default_factory=dict)
 
@@ -92,9 +98,16 @@ class Fused:
         return _empty, (_kind(type(self)), self._interlace.original), *how[2:]
 
 
+    @classmethod
+    def members(cls, original: type) -> dict[str, Any]:
+        """What the subclass of `original` has besides this class's methods."""
+        return {}
+
+
 @functools.cache
 def fused_class(kind: type, original: type) -> type:
-    return type(f"Fused{original.__name__}", (kind, original), {"__module__": original.__module__, "__doc__": kind.__doc__})
+    words = {"__module__": original.__module__, "__doc__": kind.__doc__, **kind.members(original)}  # type: ignore[attr-defined]
+    return type(f"Fused{original.__name__}", (kind, original), words)
 
 
 def _kind(cls: type) -> type:
@@ -112,16 +125,13 @@ def _alike(*tensors: Tensor | None) -> bool:
 
 
 class RMSNorm(Fused):
-    """rms_norm. With an offset (Gemma's 1 + w) 16-bit tensors are normalised in fp32: 1 + w has no room in 16 bits."""
+    """rms_norm, with Gemma's 1 + w too: the sum is made in fp32, where it has room."""
 
     def forward(self, x):
         if not _alike(x, self.weight):
             return super().forward(x)
         eps = torch.finfo(x.dtype).eps if self._interlace.eps is None else self._interlace.eps
-        if not self._interlace.offset:
-            return rms_norm(x, self.weight, eps)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return rms_norm(x.to(wide), self._interlace.offset + self.weight.to(wide), eps).to(x.dtype)
+        return rms_norm(x, self.weight, eps, self._interlace.offset)
 
 
 class LayerNorm(Fused):
@@ -132,15 +142,41 @@ class LayerNorm(Fused):
         return layer_norm(x, self.weight, bias, self._interlace.eps) if _alike(x, self.weight, bias) else super().forward(x)
 
 
-class SwiGLU(Fused):
-    """down(swiglu(gate_up)): silu(gate) is neither rounded nor kept, and gate and up are written into one buffer."""
+class GatedMLP(Fused):
+    """down(act(gate) * up) in one pass: act(gate) is neither rounded nor kept. With silu both products come into one buffer for swiglu."""
 
     def forward(self, x):
         if _original:
             return super().forward(x)
+        act = self._interlace.activation
         if hasattr(self, "gate_up_proj"):
-            return self.down_proj(swiglu(self.gate_up_proj(x)))
-        return self.down_proj(swiglu(_gate_up(self.gate_proj, self.up_proj, x)))
+            both = self.gate_up_proj(x)
+        else:
+            both = _gate_up(self.gate_proj, self.up_proj, x) if act == "silu" else None
+        if both is None:                                              # adapters, hooks, quantised layers: they are called
+            return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), act))
+        return self.down_proj(swiglu(both) if act == "silu" else gated(*both.chunk(2, -1), act))
+
+
+class GELU(Fused):
+    """gelu, exact or tanh, in one pass and one exponential."""
+
+    def forward(self, x):
+        if not _alike(x) or not x.is_floating_point():
+            return super().forward(x)
+        return gelu(x, "tanh" if self._interlace.activation == "gelu_tanh" else "none")
+
+
+class Rotary(Fused):
+    """The module's own forward, in which the name of the function that turns q and k means rope."""
+
+    @classmethod
+    def members(cls, original):
+        name, forward = rotary_call(original), original.forward
+        world = {**forward.__globals__, name: turning(forward.__globals__[name], lambda: not _original)}
+        copied = types.FunctionType(forward.__code__, world, forward.__name__, forward.__defaults__, forward.__closure__)
+        copied.__kwdefaults__ = forward.__kwdefaults__
+        return {"forward": copied}
 
 
 class Experts(Fused):
@@ -227,11 +263,11 @@ class _GateUp(torch.autograd.Function):
         return dx, *dw, *db, None
 
 
-def _gate_up(gate: Any, up: Any, x: Tensor) -> Tensor:
+def _gate_up(gate: Any, up: Any, x: Tensor) -> Tensor | None:
     plain = all(type(m) in (nn.Linear, ColumnParallelLinear) and not _hooked(m) for m in (gate, up)) and type(gate) is type(up)
     if plain and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type) and _alike(x, gate.weight, up.weight):
         return _GateUp.apply(x, gate.weight, up.weight, gate.bias, up.bias, gate.tp.group if type(gate) is ColumnParallelLinear else None)
-    return torch.cat((gate(x), up(x)), -1)                            # adapters, hooks, quantised layers: they are called
+    return None
 
 
 def _hooked(m: nn.Module) -> bool:
@@ -243,7 +279,7 @@ def _hooked(m: nn.Module) -> bool:
 
 def recognise(module: nn.Module) -> tuple[type, Change] | str | None:
     """(class to put in front, the change), or why a likely candidate is left as it is, or None for what is no candidate."""
-    for look in (_loss, _norm, _mlp, _experts):
+    for look in (_loss, _norm, _mlp, _experts, _gelu, _rotary):
         found = look(module)
         if found is not None:
             if "forward" in vars(module):
@@ -344,12 +380,43 @@ def _mlp(module: nn.Module) -> tuple[type, Change] | str | None:
     probe, x, gate, up = found
     try:
         with torch.no_grad():
-            got, want = type(module).forward(probe, x), probe.down_proj(F.silu(gate) * up)
+            got = type(module).forward(probe, x)
     except Exception as e:
         return f"its forward does not run on a probe: {type(e).__name__}"
-    if not torch.is_tensor(got) or got.shape != want.shape or not _close(got, want):
-        return "its forward is not down(silu(gate(x)) * up(x)) on a probe"
-    return SwiGLU, Change(type(module), "swiglu")
+    for act, function in ACTIVATIONS.items():
+        with torch.no_grad():
+            want = probe.down_proj(function(gate) * up)
+        if torch.is_tensor(got) and got.shape == want.shape and _same(got, want):
+            return GatedMLP, Change(type(module), "swiglu" if act == "silu" else "gated", activation=act)
+    return "its forward is not down(act(gate(x)) * up(x)) on a probe, act being silu or gelu"
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+
+
+def _same(y: Tensor, want: Tensor) -> bool:
+    """Closer than the two gelus are, which differ by 5e-4 of 3 at most."""
+    return bool((y.float() - want).abs().max() <= 3e-6 * want.abs().max())
+
+
+def _gelu(module: Any) -> tuple[type, Change] | str | None:
+    if list(module.children()) or list(module.parameters()) or list(module.buffers()):
+        return None
+    x = torch.cat((torch.linspace(-4, 4, 129), torch.tensor([-20.0, -12.0, 12.0, 20.0])))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            y = type(module).forward(module, x.clone())
+        except Exception:
+            return None
+    for act in ("gelu", "gelu_tanh"):
+        if torch.is_tensor(y) and y.shape == x.shape and bool((y - ACTIVATIONS[act](x)).abs().max() <= 1e-5):
+            return GELU, Change(type(module), "gelu", activation=act)
+    return None
+
+
+def _rotary(module: nn.Module) -> tuple[type, Change] | str | None:
+    return (Rotary, Change(type(module), "rope")) if rotary_call(type(module)) else None
 
 
 def _experts(module: nn.Module) -> tuple[type, Change] | str | None:

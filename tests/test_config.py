@@ -64,7 +64,7 @@ def test_lists():
     ("model.num_layers=0", "must be >= 1, got 0"),
     ("model.hidden_dropout=1", "must be >= 0 and < 1, got 1.0"),
     ("model.sequence_parallel=yep", "must be true or false, got 'yep'"),
-    ("model.activation=gelo", "one of swiglu, gelu, got 'gelo'; did you mean gelu"),
+    ("model.activation=gelo", "one of swiglu, gelu, gelu_tanh, got 'gelo'; did you mean gelu"),
     ("model=3", "model is a section"),
     ("optim.betas=[0.9]", "must be a list of 2 numbers"),
     ("optim.lr=nan", "must be a finite number"),
@@ -77,6 +77,12 @@ def test_mistakes_name_the_way_out(override, wanted):
     assert wanted in str(e.value), str(e.value)
 
 
+def test_experts_have_no_gelu_tanh():
+    assert ModelConfig(activation="gelu_tanh").ffn_size == 1024
+    with pytest.raises(UserError, match="must be swiglu or gelu with experts, got gelu_tanh; set model.activation=gelu"):
+        load_config(None, ["model.activation=gelu_tanh", "model.num_moe_experts=4"])
+
+
 def test_all_mistakes_at_once():
     with pytest.raises(UserError) as e:
         load_config(None, ["model.num_layer=3", "model.tp=0", "trainer.precision=fp8", "optim.lr=x"])
@@ -84,7 +90,7 @@ def test_all_mistakes_at_once():
 
 
 def test_python_made_configs_are_checked_too():
-    with pytest.raises(UserError, match=r"2 problems(.|\n)*model.num_layers must be >= 1(.|\n)*swiglu, gelu"):
+    with pytest.raises(UserError, match=r"2 problems(.|\n)*model.num_layers must be >= 1(.|\n)*swiglu, gelu, gelu_tanh"):
         ModelConfig(num_layers=0, activation="relu")
     with pytest.raises(UserError, match="model must be ModelConfig"):
         Config(model={"num_layers": 2})
@@ -109,7 +115,7 @@ def test_broken_files(tmp_path, content, wanted):
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="$", exclude_categories=["C"]), min_size=1)
-VALUES = {"model.num_layers": st.integers(1, 1 << 40), "model.activation": st.sampled_from(["swiglu", "gelu"]),
+VALUES = {"model.num_layers": st.integers(1, 1 << 40), "model.activation": st.sampled_from(["swiglu", "gelu", "gelu_tanh"]),
            "model.kv_channels": st.none() | st.integers(1, 99), "model.add_bias_linear": st.booleans(),
            "optim.lr": st.floats(1e-3, 1e9), "optim.sched.decay": st.sampled_from(["cosine", "linear", "constant"]),
            "data.paths": st.lists(TEXT), "trainer.seed": st.integers(0, 2**32 - 1),

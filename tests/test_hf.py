@@ -31,6 +31,7 @@ MODELS = {                                                            # options,
     "mixtral": ({**EXPERTS, "num_query_groups": 2}, hf.MIXTRAL, "fp32", 1e-5),
     "mixtral-top1-tied": ({**EXPERTS, "moe_router_topk": 1, "share_embeddings_and_output_weights": True}, hf.MIXTRAL, "fp32", 1e-5),
     "gpt2": ({**GPT2, "share_embeddings_and_output_weights": True}, hf.GPT2, "float64", 1e-10),
+    "gpt2-gelu_new": ({**GPT2, "activation": "gelu_tanh", "share_embeddings_and_output_weights": True}, hf.GPT2, "float64", 1e-10),
     "gpt2-untied": (GPT2, hf.GPT2, "float64", 1e-10),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
@@ -88,6 +89,28 @@ def test_there_and_back(name, tmp_path, capsys):
     three = load_file(checkpoint.find(tmp_path / "again") / "model.safetensors")
     assert one.keys() == three.keys() and all(torch.equal(one[n], three[n]) for n in one)
     capsys.readouterr()
+
+
+def test_gpt2_as_it_was_released(tmp_path):
+    """Names of the model under the head, causal masks among the tensors, activation_function and n_inner left to their defaults."""
+    import transformers
+    options = MODELS["gpt2-gelu_new"][0]
+    saved(tmp_path / "run", {**options, "ffn_hidden_size": 128}, "float64")
+    hf.to_hf(tmp_path / "run", tmp_path / "hf")
+    path, tensors = tmp_path / "hf" / "config.json", load_file(tmp_path / "hf" / "model.safetensors")
+    c = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("activation_function", "n_inner", "torch_dtype")}
+    path.write_text(json.dumps(c))
+    old = {n.removeprefix("transformer."): t for n, t in tensors.items()} | {"h.0.attn.bias": torch.ones(1, 1, 8, 8).tril().double()}
+    save_file(old, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    assert hf.from_hf(tmp_path / "hf", tmp_path / "back") == hf.GPT2
+    one, two = (load_file(checkpoint.find(tmp_path / n) / "model.safetensors") for n in ("run", "back"))
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+    assert load_config(str(tmp_path / "back" / "config.yaml"), []).model.activation == "gelu_tanh"
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf", dtype=torch.float64).eval()
+    assert theirs.config.activation_function == "gelu_new"
+    path.write_text(json.dumps(c | {"activation_function": "relu"}))
+    with pytest.raises(UserError, match="activation_function must be one of gelu, gelu_new, gelu_pytorch_tanh, got relu"):
+        hf.from_hf(tmp_path / "hf", tmp_path / "x")
 
 
 @pytest.mark.parametrize("name", ["llama-tied-bias-mqa", "mixtral", "gpt2-untied"])

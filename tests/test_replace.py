@@ -85,7 +85,7 @@ def test_plain_torch_and_the_way_back():
     model.a.register_forward_hook(lambda *_: seen.append("a"))
     report = interlace.replace_(model)
     assert {r.name: r.kernel.split()[0] for r in report.replaced} == REPLACED
-    assert "not down(silu(gate(x)) * up(x))" in next(r.why for r in report.left if r.name == "trap")
+    assert "not down(act(gate(x)) * up(x))" in next(r.why for r in report.left if r.name == "trap")
     for got, w in zip(run(model, batch), want, strict=True):
         torch.testing.assert_close(got, w, rtol=1e-12, atol=1e-12)
     assert seen == ["a"] and isinstance(model.a, nn.LayerNorm) and list(model.state_dict()) == list(bits)
@@ -196,6 +196,107 @@ def test_refusals():
     hooked = nn.Sequential(nn.LayerNorm(8))
     hooked[0].forward = lambda x: x
     assert "overridden on the instance" in interlace.replace_(hooked).left[0].why
+
+
+class Activated(Gated):
+    """Gemma's MLP: another activation in the same place."""
+
+    def __init__(self, D, act):
+        super().__init__(D)
+        self.act = act
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FusedActivated(nn.Module):
+    def __init__(self, D):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(D, 24), nn.Linear(12, D)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.gelu(gate) * up)
+
+
+def equal_to_stock(model, x):
+    """Output and every gradient of the replaced model, in float64."""
+    stock = copy.deepcopy(model)
+    interlace.restore_(stock)
+    both = []
+    for m in (model, stock):
+        m.zero_grad()
+        y = m(x)
+        y.square().sum().backward()
+        both.append([y, *(p.grad for p in m.parameters())])
+    torch.testing.assert_close(*both, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("tanh", [False, True], ids=["exact", "tanh"])
+def test_gelus_told_apart(tanh):
+    act = nn.GELU("tanh" if tanh else "none")
+    model = nn.Sequential(Activated(8, act), nn.GELU("none" if tanh else "tanh"), FusedActivated(8), nn.SiLU(), nn.Identity(), nn.Dropout(0.5))
+    model = model.double().eval()
+    report = interlace.replace_(model)
+    assert {r.name: r.kernel.split()[0] for r in report.replaced} == {"0": "gated", "0.act": "gelu", "1": "gelu", "2": "gated"}
+    equal_to_stock(model, torch.randn(4, 8, dtype=torch.float64))
+    quick = nn.Sequential(Activated(8, lambda x: x * torch.sigmoid(1.702 * x)))
+    assert "act being silu or gelu" in interlace.replace_(quick).left[0].why
+
+
+def test_a_hooked_gate_is_called():
+    model, seen = nn.Sequential(Gated(8)).double(), []
+    interlace.replace_(model)
+    model[0].gate_proj.register_forward_hook(lambda *_: seen.append("gate"))
+    equal_to_stock(model, torch.randn(4, 8, dtype=torch.float64))
+    assert seen
+
+
+def rotate(q, k, cos, sin):
+    half = lambda x: torch.cat((-x[..., x.shape[-1] // 2:], x[..., :x.shape[-1] // 2]), -1)  # noqa: E731
+    return tuple(x * cos[:, None] + half(x) * sin[:, None] for x in (q, k))
+
+
+def rotate_other(q, k, cos, sin):
+    """Neighbouring pairs: another function of the same signature."""
+    half = lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)  # noqa: E731
+    return tuple(x * cos[:, None] + half(x) * sin[:, None] for x in (q, k))
+
+
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.factor = nn.Linear(12, 24), nn.Linear(12, 12), 1
+
+    def tables(self):
+        angle = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+        angle = torch.cat((angle, angle * self.factor), -1)
+        return angle.cos(), angle.sin()
+
+    def forward(self, x):
+        q, k = (p(x).unflatten(-1, (-1, 6)).transpose(1, 2) for p in (self.q_proj, self.k_proj))
+        return torch.cat(rotate(q, k, *self.tables()), 1)
+
+
+class TurnedOther(Turned):
+    def forward(self, x):
+        q, k = (p(x).unflatten(-1, (-1, 6)).transpose(1, 2) for p in (self.q_proj, self.k_proj))
+        return torch.cat(rotate_other(q, k, *self.tables()), 1)
+
+
+def test_rotary_function_by_what_it_computes():
+    model = nn.ModuleDict({"a": Turned(), "b": TurnedOther()}).double()
+    report = interlace.replace_(model)
+    assert {r.name: r.kernel.split()[0] for r in report.replaced} == {"a": "rope"}
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    equal_to_stock(model["a"], x)
+    assert "Permute" in str(model["a"](x).grad_fn.next_functions)
+    model["a"].factor = 2                                             # tables that are no rotation: the original function
+    equal_to_stock(model["a"], x)
+    assert "Add" in str(model["a"](x).grad_fn.next_functions)
+    assert rotate.__globals__["rotate"] is rotate, "nothing outside the instance may change"
+    copied = pickle.loads(pickle.dumps(nn.Sequential(nn.GELU(), nn.LayerNorm(8))))
+    assert interlace.replace_(copied).replaced and isinstance(pickle.loads(pickle.dumps(copied))[0], Fused)
 
 
 def test_out_of_vocabulary_raises_like_torch():

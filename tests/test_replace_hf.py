@@ -8,16 +8,16 @@ pytest.importorskip("transformers")
 from hf import MODELS, close, make, sample, step, twin
 
 EXPECTED = {                                                          # kernels that must run, and how many modules each
-    "llama": {"rms_norm": 5, "swiglu": 2, "cross_entropy": 1},
-    "mistral": {"rms_norm": 5, "swiglu": 2, "cross_entropy": 1},
-    "qwen2": {"rms_norm": 5, "swiglu": 2, "cross_entropy": 1},
-    "qwen3": {"rms_norm": 9, "swiglu": 2, "cross_entropy": 1},
-    "gemma2": {"rms_norm": 9, "cross_entropy": 1},                    # its MLP is gelu
-    "phi3": {"rms_norm": 5, "swiglu": 2, "cross_entropy": 1},
-    "gpt2": {"layer_norm": 5, "cross_entropy": 1},
-    "mixtral": {"rms_norm": 5, "expert_mlp": 2, "cross_entropy": 1},
-    "qwen3_moe": {"rms_norm": 9, "expert_mlp": 2, "cross_entropy": 1},
-    "olmoe": {"rms_norm": 9, "expert_mlp": 2, "cross_entropy": 1},
+    "llama": {"rms_norm": 5, "rope": 2, "swiglu": 2, "cross_entropy": 1},
+    "mistral": {"rms_norm": 5, "rope": 2, "swiglu": 2, "cross_entropy": 1},
+    "qwen2": {"rms_norm": 5, "rope": 2, "swiglu": 2, "cross_entropy": 1},
+    "qwen3": {"rms_norm": 9, "rope": 2, "swiglu": 2, "cross_entropy": 1},
+    "gemma2": {"rms_norm": 9, "rope": 2, "gated": 2, "gelu": 2, "cross_entropy": 1},   # gelu: its MLP's act_fn, which gated passes over
+    "phi3": {"rms_norm": 5, "rope": 2, "swiglu": 2, "cross_entropy": 1},
+    "gpt2": {"layer_norm": 5, "gelu": 2, "cross_entropy": 1},
+    "mixtral": {"rms_norm": 5, "rope": 2, "expert_mlp": 2, "cross_entropy": 1},
+    "qwen3_moe": {"rms_norm": 9, "rope": 2, "expert_mlp": 2, "cross_entropy": 1},
+    "olmoe": {"rms_norm": 9, "rope": 2, "expert_mlp": 2, "cross_entropy": 1},
 }
 
 

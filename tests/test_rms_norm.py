@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from budget import DTYPES, check_budget
@@ -28,14 +30,24 @@ def test_add_rms_norm_kernel_matches(shape, dtype, device):
     check_budget(add_rms_norm, add_rms_norm_ref, [x, r, w], dtype, [dh, dy])
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_norm_offset_kernel_matches(shape, dtype, device):
+    """Gemma's 1 + w, with weights so small that 1 + w has no room for them in 16 bits."""
+    (x, r, dh, dy), w = _data(shape, device, 4)
+    check_budget(partial(rms_norm, offset=1.0), partial(rms_norm_ref, offset=1.0), [x, w / 512], dtype, [dy])
+    check_budget(partial(add_rms_norm, offset=1.0), partial(add_rms_norm_ref, offset=1.0), [x, r, w / 512], dtype, [dh, dy])
+
+
 def test_reference_is_the_formula():
     x, w = torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0])
     rms = (12.5 + 1e-6) ** 0.5
     torch.testing.assert_close(rms_norm_ref(x, w), torch.tensor([[3 / rms, 8 / rms]]))
+    torch.testing.assert_close(rms_norm_ref(x, w, offset=1.0), torch.tensor([[6 / rms, 12 / rms]]))
 
 
 def test_non_contiguous_input(device):
-    x, w = torch.randn(6, 5, device=device).t(), torch.randn(6, device=device)
+    x, w = torch.randn(6, 5, device=device).t(), torch.randn(12, device=device)[::2]
     torch.testing.assert_close(rms_norm(x, w), rms_norm_ref(x, w))
 
 
@@ -43,6 +55,7 @@ def test_rms_norm_op_contract_kernel_matches(device):
     x, w = torch.randn(4, 64, device=device, requires_grad=True), torch.randn(64, device=device, requires_grad=True)
     assert fused(x, w), "the C++ ops are not built: make setup"
     torch.library.opcheck(torch.ops.interlace.rms_norm_fwd.default, (x, w, 1e-6))
+    torch.library.opcheck(torch.ops.interlace.rms_norm_fwd.default, (x, w, 1e-6, 1.0))
     torch.library.opcheck(torch.ops.interlace.add_rms_norm_fwd.default, (x, x.detach().clone().requires_grad_(), w, 1e-6))
 
 

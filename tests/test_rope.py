@@ -43,6 +43,45 @@ def test_rope_slice_of_qkv_kernel_matches(dtype, device):
         check_budget(both(rope), both(rope_ref), [qkv], dtype, [dy])
 
 
+FORMS = {"partial": (10, 3, False, False), "interleaved": (8, 4, True, False), "interleaved-partial": (11, 2, True, True),
+         "positions": (8, 4, False, True), "nothing": (4, 0, False, False)}   # Dh, d, interleaved, tables of their own for each sample
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_rope_forms_kernel_matches(form, dtype, device):
+    (Dh, d, interleaved, own), (S, B, H) = FORMS[form], (5, 2, 3)
+    x, dy = _data((S, B, H, Dh), device)
+    angle = torch.randn((S, B, d) if own else (S, d), device=device, dtype=torch.float64)
+
+    def call(fn):
+        def turn(x):
+            to = torch.float64 if x.dtype == torch.float64 else torch.float32
+            return fn(x, angle.cos().to(to), angle.sin().to(to), interleaved=interleaved)
+        return turn
+    check_budget(call(rope), call(rope_ref), [x], dtype, [dy])
+
+
+def test_rope_of_heads_first_is_hugging_faces_kernel_matches(device):
+    """x [B, H, S, Dh] and tables [B, S, 2d] whose halves repeat, both read in place."""
+    B, H, S, Dh, R = 2, 3, 5, 10, 6
+    x = torch.randn(B, S, H, Dh, device=device).transpose(1, 2)
+    angle = torch.randn(B, S, R // 2, device=device).repeat(1, 1, 2)
+    cos, sin = angle.cos(), angle.sin()
+    turned, rest = x[..., :R], x[..., R:]
+    a, b = turned.chunk(2, -1)
+    want = torch.cat((turned * cos[:, None] + torch.cat((-b, a), -1) * sin[:, None], rest), -1)
+    got = rope(x.permute(2, 0, 1, 3), *(t[..., :R // 2].transpose(0, 1) for t in (cos, sin)))
+    torch.testing.assert_close(got.permute(1, 2, 0, 3), want)
+
+
+def test_rope_interleaved_is_halves_of_shuffled_channels(device):
+    x, _ = _data((4, 2, 3, 8), device)
+    tables = rope_tables(torch.arange(4, device=device), 8)
+    halves = rope(x.unflatten(-1, (4, 2)).transpose(-1, -2).flatten(-2), *tables)
+    torch.testing.assert_close(rope(x, *tables, interleaved=True), halves.unflatten(-1, (2, 4)).transpose(-1, -2).flatten(-2))
+
+
 def test_rope_is_the_complex_rotation(device):
     x, _ = _data((9, 2, 3, 8), device)
     positions = torch.arange(9, device=device) * 7
@@ -70,8 +109,9 @@ def test_rope_op_contract_kernel_matches(device):
     x = torch.randn(4, 2, 3, 24, device=device, requires_grad=True)
     cos, sin = rope_tables(torch.arange(4, device=device), 8)
     assert fused(x), "the C++ ops are not built: make setup"
-    for inverse in (False, True):
-        torch.library.opcheck(torch.ops.interlace.rope_fwd.default, (x[..., :8], cos, sin, inverse))
+    cos, sin = (t[:, None].expand(4, 2, 4) for t in (cos, sin))
+    for inverse, interleaved, part in ((False, False, x[..., :8]), (True, False, x[..., :8]), (False, True, x), (True, True, x)):
+        torch.library.opcheck(torch.ops.interlace.rope_fwd.default, (part, cos, sin, inverse, interleaved))
 
 
 def test_rope_no_gradient_to_the_tables(device):
@@ -102,9 +142,13 @@ def test_rope_repeats_bit_for_bit(device):
 def test_rope_rejects_misuse(device):
     x = torch.randn(4, 2, 3, 8, device=device)
     cos, sin = rope_tables(torch.arange(4, device=device), 8)
-    with pytest.raises(ValueError, match=r"rope: x must be .* even Dh, got \[4, 2, 3, 7\]; "):
+    with pytest.raises(ValueError, match=r"rope: x must be \[S, B, H, Dh\], got \[4, 3, 8\]; "):
+        rope(x[:, 0], cos, sin)
+    with pytest.raises(ValueError, match=r"rope: cos must be .* 2 d <= Dh = 7, got \[4, 4\]; "):
         rope(x[..., :7], cos, sin)
-    with pytest.raises(ValueError, match=r"rope: sin must be .*\[4, 4\], got \[3, 4\]; "):
+    with pytest.raises(ValueError, match=r"rope: cos must be .* B = 2 .*got \[4, 3, 4\]; "):
+        rope(x, cos[:, None].expand(4, 3, 4), sin)
+    with pytest.raises(ValueError, match=r"rope: sin must be .* S = 4, .*got \[3, 4\]; "):
         rope(x, cos, sin[:3])
     with pytest.raises(ValueError, match=r"rope: cos must be torch.float32 .*got torch.float64; "):
         rope(x, cos.double(), sin)

@@ -1,20 +1,18 @@
-// rms_norm on CPU: h = x (+ residual); y = h * rstd * w. Math and shapes: kernels/rms_norm.py
+// rms_norm on CPU: h = x (+ residual); y = h * rstd * (w + offset). Math and shapes: kernels/rms_norm.py
 #include <cmath>
 #include <vector>
 
 #include "common.h"
+#include "sums.h"
 
 namespace interlace {
 namespace {
 
-template <class T, class A> A sum_of_squares(const T* x, int64_t D) {
-  A s = 0;
-#pragma omp simd reduction(+ : s)
-  for (int64_t i = 0; i < D; i++) s += up(x[i]) * up(x[i]);
-  return s;
+template <class T, class A> A rstd_of(const T* x, int64_t D, A eps) {
+  return A(1) / std::sqrt(sum<A>(D, [=](int64_t i) { return up(x[i]) * up(x[i]); }) / A(D) + eps);
 }
 
-std::tuple<Tensor, Tensor> fwd(Tensor x, Tensor w, double eps) {
+std::tuple<Tensor, Tensor> fwd(Tensor x, Tensor w, double eps, double offset) {
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
   Tensor y = torch::stable::empty_like(x);
   Tensor rstd = torch::stable::new_empty(x, {N}, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
@@ -27,17 +25,17 @@ std::tuple<Tensor, Tensor> fwd(Tensor x, Tensor w, double eps) {
       for (int64_t n = begin; n < end; n++) {
         const T* xr = xp + n * D;
         T* yr = yp + n * D;
-        const A r = A(1) / std::sqrt(sum_of_squares<T, A>(xr, D) / A(D) + A(eps));
+        const A r = rstd_of<T, A>(xr, D, A(eps)), o = A(offset);
         rp[n] = r;
 #pragma omp simd
-        for (int64_t i = 0; i < D; i++) yr[i] = down<T>(up(xr[i]) * r * up(wp[i]));
+        for (int64_t i = 0; i < D; i++) yr[i] = down<T>(up(xr[i]) * r * (up(wp[i]) + o));
       }
     });
   });
   return {y, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_fwd(Tensor x, Tensor residual, Tensor w, double eps) {
+std::tuple<Tensor, Tensor, Tensor> add_fwd(Tensor x, Tensor residual, Tensor w, double eps, double offset) {
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
   Tensor h = torch::stable::empty_like(x), y = torch::stable::empty_like(x);
   Tensor rstd = torch::stable::new_empty(x, {N}, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
@@ -52,10 +50,10 @@ std::tuple<Tensor, Tensor, Tensor> add_fwd(Tensor x, Tensor residual, Tensor w, 
         T *hr = hp + n * D, *yr = yp + n * D;
 #pragma omp simd
         for (int64_t i = 0; i < D; i++) hr[i] = down<T>(up(xr[i]) + up(sr[i]));
-        const A r = A(1) / std::sqrt(sum_of_squares<T, A>(hr, D) / A(D) + A(eps));
+        const A r = rstd_of<T, A>(hr, D, A(eps)), o = A(offset);
         rp[n] = r;
 #pragma omp simd
-        for (int64_t i = 0; i < D; i++) yr[i] = down<T>(up(hr[i]) * r * up(wp[i]));
+        for (int64_t i = 0; i < D; i++) yr[i] = down<T>(up(hr[i]) * r * (up(wp[i]) + o));
       }
     });
   });
@@ -63,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> add_fwd(Tensor x, Tensor residual, Tensor w, 
 }
 
 // dh is the gradient that reaches h by its other use (the residual stream), added to dx; an empty tensor when there is none.
-std::tuple<Tensor, Tensor> bwd(Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor dh) {
+std::tuple<Tensor, Tensor> bwd(Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor dh, double offset) {
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
   const int64_t P = std::max<int64_t>(1, std::min<int64_t>(N, torch::stable::get_num_threads()));  // partial sums of dw, fixed by N and threads
   Tensor dx = torch::stable::empty_like(x), dw = torch::stable::empty_like(w);
@@ -77,24 +75,27 @@ std::tuple<Tensor, Tensor> bwd(Tensor dy, Tensor x, Tensor w, Tensor rstd, Tenso
     torch::stable::parallel_for(0, P, 1, [&](int64_t p0, int64_t p1) {
       for (int64_t p = p0; p < p1; p++) {
         double* total = partial.data() + p * D;
-        std::vector<A> acc(D, A(0));  // 64 rows at a time in the compute type: 4096 rows in one fp32 sum lost 3 bits to torch
+        std::vector<A> sums(D, A(0));  // 64 rows at a time in the compute type: 4096 rows in one fp32 sum lost 3 bits to torch
+        A* acc = sums.data();
         for (int64_t n = N * p / P, last = N * (p + 1) / P, since = 0; n < last; n++) {
           const T *dyr = dyp + n * D, *xr = xp + n * D, *dhr = dhp + n * D;
           T* dxr = dxp + n * D;
-          const A r = rp[n];
-          A dot = 0;
-#pragma omp simd reduction(+ : dot)
-          for (int64_t i = 0; i < D; i++) dot += up(dyr[i]) * up(wp[i]) * up(xr[i]);
+          const A r = rp[n], o = A(offset);
+          const A dot = sum<A>(D, [=](int64_t i) { return up(dyr[i]) * (up(wp[i]) + o) * up(xr[i]); });
           const A c = dot * r * r / A(D);  // mean(g * xhat) * rstd, so that dx = rstd * (g - x * c)
           if (has_dh) {
 #pragma omp simd
-            for (int64_t i = 0; i < D; i++) dxr[i] = down<T>(r * (up(dyr[i]) * up(wp[i]) - up(xr[i]) * c) + up(dhr[i]));
+            for (int64_t i = 0; i < D; i++) {
+              dxr[i] = down<T>(r * (up(dyr[i]) * (up(wp[i]) + o) - up(xr[i]) * c) + up(dhr[i]));
+              acc[i] += up(dyr[i]) * (up(xr[i]) * r);
+            }
           } else {
 #pragma omp simd
-            for (int64_t i = 0; i < D; i++) dxr[i] = down<T>(r * (up(dyr[i]) * up(wp[i]) - up(xr[i]) * c));
+            for (int64_t i = 0; i < D; i++) {
+              dxr[i] = down<T>(r * (up(dyr[i]) * (up(wp[i]) + o) - up(xr[i]) * c));
+              acc[i] += up(dyr[i]) * (up(xr[i]) * r);
+            }
           }
-#pragma omp simd
-          for (int64_t i = 0; i < D; i++) acc[i] += up(dyr[i]) * up(xr[i]) * r;
           if (++since == 64 || n + 1 == last) {
             for (int64_t i = 0; i < D; i++) total[i] += acc[i], acc[i] = 0;
             since = 0;
