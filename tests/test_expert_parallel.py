@@ -1,11 +1,14 @@
 """MoELayer against a loop over tokens and experts in float64, written from the formulae alone; over ranks against one process."""
+import importlib
 import math
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from interlace.kernels import jitter_ref
@@ -35,8 +38,8 @@ class Shared(nn.Module):
         return x @ self.weight
 
 
-def layer(options=None, mesh=None, activation="swiglu", **more):
-    made = MoELayer(D, FF, E, options or RouterOptions(), mesh, activation=activation, init_std=0.3, output_std=0.3, dtype=torch.float64,
+def layer(options=None, mesh=None, activation="swiglu", experts=E, **more):
+    made = MoELayer(D, FF, experts, options or RouterOptions(), mesh, activation=activation, init_std=0.3, output_std=0.3, dtype=torch.float64,
                     seed=SEED, **more)
     init_parameters(made, seed=5)
     return made
@@ -316,3 +319,63 @@ def test_over_ranks_as_one_process(world, tp, ep, sp, name):
 @pytest.mark.parametrize("world, tp, ep, sp", [(2, 1, 2, False), (2, 2, 2, True), (3, 1, 3, False)])
 def test_a_rank_without_a_row(world, tp, ep, sp):
     run(world, _over_ranks, world, tp, ep, sp, {"topk": 1, "load_balancing": "none"}, True)
+
+
+STATIC = {"capacity_factor": 0.8, "pad_expert_input_to_capacity": True, "input_jitter_eps": 0.1, "z_loss_coeff": 0.1,
+          "load_balancing": ("global_aux_loss", "seq_aux_loss"), "aux_loss_coeff": (0.5, 0.25), "enable_routing_replay": True}
+
+
+def _without_values(rank, world, tp, ep, options, reads):
+    """Forward and backward over tensors that have shapes and no data: the host can read nothing, and no shape can depend on it. The
+    path is that of CUDA: ops as torch.compile sees them, all-to-all in place of shared memory."""
+    mesh = _meshes[world, tp, ep] = _meshes.get((world, tp, ep)) or (Mesh.build(Layout(world, tp=tp, ep=ep)) if world > 1 else Mesh())
+    moe, seen = layer(RouterOptions(**options), mesh), None
+    heap = mock.patch.object(importlib.import_module("interlace.kernels.comm.dispatch"), "_heap", lambda *_: None)
+    with heap, mock.patch("torch.compiler.is_compiling", lambda: True), FakeTensorMode():
+        for m in moe.modules():
+            m._parameters.update({n: nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for n, p in m._parameters.items()})
+            m._buffers.update({n: torch.empty(b.shape, dtype=b.dtype) for n, b in m._buffers.items() if b is not None})
+        x = torch.empty(4, 2, D, dtype=torch.float64, requires_grad=True)
+        try:
+            o = moe(x)
+            o.sum().backward()
+            assert o.shape == x.grad.shape == x.shape
+        except DataDependentOutputException as e:
+            seen = e
+    assert (seen is not None) == reads, seen
+
+
+@pytest.mark.parametrize("world, tp, ep", [(1, 1, 1), (2, 1, 2), (2, 2, 2), (2, 2, 1)])
+def test_static_capacity_reads_nothing(world, tp, ep):
+    """With ep, rows that fit exactly must be counted by the host: the proof's own control."""
+    for options, reads in ((STATIC, False), ({**STATIC, "pad_expert_input_to_capacity": False}, ep > 1)):
+        if world == 1:
+            _without_values(0, world, tp, ep, options, reads)
+        else:
+            run(world, _without_values, world, tp, ep, options, reads)
+
+
+def _static_is_dropping(rank, world, tp, ep, sp, drop, lopsided):
+    mesh = _meshes[world, tp, ep] = _meshes.get((world, tp, ep)) or Mesh.build(Layout(world, tp=tp, ep=ep))
+    every = torch.randn(mesh.dp.size, 4, 2, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).abs()
+    results = []
+    for pad in (False, True):
+        o = RouterOptions(capacity_factor=0.6, drop_policy=drop, pad_expert_input_to_capacity=pad)
+        moe = layer(o, mesh, sequence_parallel=sp, experts=8)
+        if lopsided:
+            with torch.no_grad():
+                moe.gate.weight.zero_()
+                moe.gate.weight[0] = 1.0
+        x = (every[mesh.dp.rank].chunk(tp)[mesh.tp.rank] if sp else every[mesh.dp.rank]).clone().requires_grad_()
+        y = moe(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, *(p.grad for p in moe.parameters()), take_statistics(moe, mesh)[""].dropped))
+    assert all(torch.equal(a, b) for a, b in zip(*results)) and results[0][-1] > 0
+
+
+@pytest.mark.parametrize("lopsided", [False, True])
+@pytest.mark.parametrize("drop", ["probs", "position"])
+@pytest.mark.parametrize("world, tp, ep, sp", [(2, 1, 2, False), (2, 2, 2, True), (2, 2, 1, False), (4, 2, 4, False)])
+def test_static_capacity_drops_the_same(world, tp, ep, sp, drop, lopsided):
+    """Outputs, gradients and counts bit for bit."""
+    run(world, _static_is_dropping, world, tp, ep, sp, drop, lopsided)
