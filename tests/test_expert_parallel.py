@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.checkpoint import checkpoint
 
 from interlace.kernels import jitter_ref
+from interlace.kernels.comm import CollectiveMismatch
 from interlace.parallel.data_parallel import DistributedDataParallel
 from interlace.parallel.expert_parallel import (
     Experts,
@@ -316,16 +317,58 @@ def test_over_ranks_as_one_process(world, tp, ep, sp, name):
     run(world, _over_ranks, world, tp, ep, sp, OPTIONS[name], False)
 
 
+@pytest.mark.parametrize("options", [{"topk": 1, "load_balancing": "none"}, {"topk": 1, "capacity_factor": 1.0,
+                                                                             "pad_expert_input_to_capacity": True}], ids=str)
 @pytest.mark.parametrize("world, tp, ep, sp", [(2, 1, 2, False), (2, 2, 2, True), (3, 1, 3, False)])
-def test_a_rank_without_a_row(world, tp, ep, sp):
-    run(world, _over_ranks, world, tp, ep, sp, {"topk": 1, "load_balancing": "none"}, True)
+def test_a_rank_without_a_row(world, tp, ep, sp, options):
+    run(world, _over_ranks, world, tp, ep, sp, options, True)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------
+
+
+def _bad_input(rank, world, static):
+    mesh = _meshes[world, 1, world] = _meshes.get((world, 1, world)) or Mesh.build(Layout(world, ep=world))
+    capacity = {"capacity_factor": 2.0, "drop_policy": "position", "pad_expert_input_to_capacity": True} if static else {}
+    moe = layer(RouterOptions(enable_routing_replay=True, **capacity), mesh)
+    x = torch.randn(world, 4, 2, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7))[rank]
+    clean, bad = moe(x).detach(), x.clone()
+    if rank == 0:
+        bad[1, 1] = torch.nan                                         # its logits are NaN: experts in range, and its output alone is NaN
+        bad[2, 0] = torch.inf
+    out = moe(bad).detach()
+    off = out.isnan().any(-1) if rank == 0 else torch.zeros(4, 2, dtype=torch.bool)
+    assert rank or off.nonzero().tolist() == [[1, 1], [2, 0]]
+    torch.testing.assert_close(out[~off], clean[~off], rtol=1e-11, atol=1e-13)        # other rows in the products
+    out = moe(torch.full_like(x, torch.nan))                          # all to the first experts, whose capacity is for some
+    assert out.isnan().any() and (out.isnan().all(-1) | (out == 0).all(-1)).all() and (static or out.isnan().all())
+    for shape in ((0, 2, D), (4, 0, D)):                              # no tokens on any rank
+        none = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        moe.zero_grad()
+        moe(none).sum().backward()
+        assert none.grad.shape == shape and not any(p.grad.any() for p in moe.parameters() if p.grad is not None)
+    for wrong in (E, -2):
+        ids = torch.zeros(4, 2, 2, dtype=torch.int64)
+        ids[3, 1, 1] = wrong
+        with replay_routing(moe, {"": {0: ids}}), pytest.raises(ValueError, match=r"router: ids must be in \[0, 6\) or -1, got"):
+            moe(x)
+    if not static:
+        with pytest.raises((CollectiveMismatch, ValueError)):         # ranks with unlike numbers of tokens: all of them learn it
+            moe(x[:4 - rank])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("static", [False, True])
+def test_bad_input_over_ranks(world, static):
+    """Nothing hangs, and nothing leaks from one token into another."""
+    run(world, _bad_input, world, static)
 
 
 STATIC = {"capacity_factor": 0.8, "pad_expert_input_to_capacity": True, "input_jitter_eps": 0.1, "z_loss_coeff": 0.1,
           "load_balancing": ("global_aux_loss", "seq_aux_loss"), "aux_loss_coeff": (0.5, 0.25), "enable_routing_replay": True}
 
 
-def _without_values(rank, world, tp, ep, options, reads):
+def _without_values(rank, world, tp, ep, options, reads, sequence=4):
     """Forward and backward over tensors that have shapes and no data: the host can read nothing, and no shape can depend on it. The
     path is that of CUDA: ops as torch.compile sees them, all-to-all in place of shared memory."""
     mesh = _meshes[world, tp, ep] = _meshes.get((world, tp, ep)) or (Mesh.build(Layout(world, tp=tp, ep=ep)) if world > 1 else Mesh())
@@ -335,7 +378,7 @@ def _without_values(rank, world, tp, ep, options, reads):
         for m in moe.modules():
             m._parameters.update({n: nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for n, p in m._parameters.items()})
             m._buffers.update({n: torch.empty(b.shape, dtype=b.dtype) for n, b in m._buffers.items() if b is not None})
-        x = torch.empty(4, 2, D, dtype=torch.float64, requires_grad=True)
+        x = torch.empty(sequence, 2, D, dtype=torch.float64, requires_grad=True)
         try:
             o = moe(x)
             o.sum().backward()
@@ -353,6 +396,13 @@ def test_static_capacity_reads_nothing(world, tp, ep):
             _without_values(0, world, tp, ep, options, reads)
         else:
             run(world, _without_values, world, tp, ep, options, reads)
+
+
+def test_more_than_2_to_31_elements():
+    """Shapes alone, for want of memory: 3.2e9 numbers pass through the layer; 2^31 slots and more are refused before anything runs."""
+    _without_values(0, 1, 1, 1, STATIC, False, sequence=2**27)
+    with pytest.raises(ValueError, match="slots and rows must be fewer than 2.31, got 2147483648 slots; route fewer tokens at once"):
+        _without_values(0, 1, 1, 1, STATIC, False, sequence=2**29)
 
 
 def _static_is_dropping(rank, world, tp, ep, sp, drop, lopsided):
