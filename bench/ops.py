@@ -13,6 +13,7 @@ OPS = {                                                               # name of 
     "gelu": ("one", "gelu, exact and tanh"),
     "rope": ("one", "rope on a slice of a fused qkv buffer"),
     "dropout": ("one", "dropout, whole and a shard"),
+    "jitter": ("one", "jitter, the noise on a router's input"),
     "cross_entropy": ("one", "cross_entropy"),
     "router": ("one", "router of Mixtral, Qwen3 and DeepSeek-V3, with the sums of the aux and z losses"),
     "route_plan": ("one", "route_plan"),

@@ -23,9 +23,9 @@ def _module(name: str) -> Any:                                        # by path:
     return import_module(f"..kernels.{name}", __package__)
 
 
-RMS, LN, SWIGLU, GATED, GELU, ROPE, CE, DROPOUT, ROUTER, PLAN, PERMUTE, UNPERMUTE, GROUPED = map(_module, (
-    "rms_norm", "layer_norm", "swiglu", "gated", "gelu", "rope", "cross_entropy", "dropout", "router", "route_plan", "permute", "unpermute",
-    "grouped_gemm"))
+RMS, LN, SWIGLU, GATED, GELU, ROPE, CE, DROPOUT, JITTER, ROUTER, PLAN, PERMUTE, UNPERMUTE, GROUPED = map(_module, (
+    "rms_norm", "layer_norm", "swiglu", "gated", "gelu", "rope", "cross_entropy", "dropout", "jitter", "router", "route_plan", "permute",
+    "unpermute", "grouped_gemm"))
 ADAMW, NORM = _module("adamw"), _module("grad_norm")
 PAD, AR, AG, RS = map(_module, ("comm.pad", "comm.triton_ar", "comm.triton_ag", "comm.triton_rs"))
 Launch = Callable[[torch.dtype], object]
@@ -143,6 +143,12 @@ def _dropout(N: int, D: int) -> list[Case]:
     return [case(f"{N}x{D}", N * D, (N, D), (D, 1)), case(f"shard {N}x{D // 8}", N * D // 8, (N, D // 8), (D, 1))]
 
 
+def _jitter(N: int, D: int) -> list[Case]:
+    sizes, steps = DROPOUT._merge(torch.Size((N, D)), (D, 1))
+    return [Case("jitter", f"{N}x{D}", lambda dt: JITTER._launch(_new(N, D, dtype=dt), 1234, 0.01 * 2**-23, sizes, steps),
+                 {"_kernel": lambda s: 2 * N * D * s}, 15 * N * D)]
+
+
 def _moe(T: int, H: int, K: int, E: int) -> list[Case]:
     """Qwen3-30B: 128 experts, 8 of them a token. The plan has no dtype: its ids are int64, its maps int32."""
     x, rows, size = lambda dt: _new(T, H, dtype=dt), lambda dt: _new(T * K, H, dtype=dt), f"{T}x{H} {K} of {E}"
@@ -230,7 +236,7 @@ def _overlapped(M: int, N: int, K: int, W: int) -> list[Case]:
 
 CASES: list[Case] = [
     *_norms(8192, 8192), *_norms(8192, 12288), *_swiglu(8192, 28672), *_gelus(8192, 36864), *_rope(4096, 2, 64, 128),
-    *_cross_entropy(8192, 128256 // 8), *_dropout(8192, 8192),
+    *_cross_entropy(8192, 128256 // 8), *_dropout(8192, 8192), *_jitter(8192, 8192),
     *_moe(16384, 2048, 8, 128), *_experts(16384, 2048, 768, 8, 128),
     *_router(16384, 8, 2, 0, "16384x8 2 of 8"), *_router(16384, 128, 8, 0, "16384x128 8 of 128"),
     *_router(16384, 256, 8, 1, "sigmoid groups 16384x256 8 of 256", 8, 4, 2),

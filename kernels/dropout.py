@@ -42,19 +42,20 @@ def _threshold(p: float) -> int:
 # ---- reference ------------------------------------------------------------------------------------------------
 
 
-def _keep_ref(shape: torch.Size, strides: tuple[int, ...], start: int, threshold: int, device: torch.device) -> Tensor:
+def uniform_ref(shape: torch.Size, strides: tuple[int, ...], start: int, device: torch.device) -> Tensor:
+    """u int64 in [0, 2^24) of each element."""
     z = torch.full(shape, start, dtype=torch.int64, device=device)
     for d, (size, stride) in enumerate(zip(shape, strides)):
         z += (torch.arange(size, device=device) * stride).view(-1, *[1] * (len(shape) - d - 1))
     shift = lambda z, k: (z >> k) & ((1 << 64 - k) - 1)               # noqa: E731  logical, where >> is arithmetic
     z = (z ^ shift(z, 30)) * _signed(_M1)
     z = (z ^ shift(z, 27)) * _signed(_M2)
-    return shift(z ^ shift(z, 31), 40) >= threshold
+    return shift(z ^ shift(z, 31), 40)
 
 
 def dropout_ref(x: Tensor, p: float, seed: int, *, base: int = 0, strides: tuple[int, ...] | None = None) -> Tensor:
     strides = _contiguous_strides(x.shape) if strides is None else strides
-    keep = _keep_ref(x.shape, strides, _start(seed, base), _threshold(p), x.device)
+    keep = uniform_ref(x.shape, strides, _start(seed, base), x.device) >= _threshold(p)
     xf = x if x.dtype == torch.float64 else x.float()
     scale = torch.tensor(1 / (1 - p), dtype=xf.dtype, device=x.device)
     return torch.where(keep, xf * scale, torch.zeros_like(scale)).to(x.dtype)
@@ -64,10 +65,8 @@ def dropout_ref(x: Tensor, p: float, seed: int, *, base: int = 0, strides: tuple
 
 
 @triton.jit
-def _kernel(x_ptr, y_ptr, total, start, threshold, scale, n1, n2, n3, s0, s1, s2, s3,
-            DIMS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < total
+def uniform(offs, start, n1, n2, n3, s0, s1, s2, s3, DIMS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """u int64 [BLOCK] in [0, 2^24) of the elements `offs` of a contiguous shard."""
     row = offs if WIDE else offs.to(tl.int32)                         # a 64-bit division costs four of 32 bits
     z = tl.zeros([BLOCK], dtype=tl.int64) + start
     if DIMS > 1:
@@ -82,9 +81,17 @@ def _kernel(x_ptr, y_ptr, total, start, threshold, scale, n1, n2, n3, s0, s1, s2
         z += row.to(tl.int64) * s0
     else:
         z += offs * s3
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47         # signed, logical shifts by masks: as _keep_ref
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47         # signed, logical shifts by masks: as uniform_ref
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    u = ((z ^ ((z >> 31) & 0x1FFFFFFFF)) >> 40) & 0xFFFFFF
+    return ((z ^ ((z >> 31) & 0x1FFFFFFFF)) >> 40) & 0xFFFFFF
+
+
+@triton.jit
+def _kernel(x_ptr, y_ptr, total, start, threshold, scale, n1, n2, n3, s0, s1, s2, s3,
+            DIMS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < total
+    u = uniform(offs, start, n1, n2, n3, s0, s1, s2, s3, DIMS, WIDE, BLOCK)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs, tl.where(u >= threshold, x * scale, 0.0), mask=mask)
 
@@ -92,13 +99,16 @@ def _kernel(x_ptr, y_ptr, total, start, threshold, scale, n1, n2, n3, s0, s1, s2
 # ---- ops ------------------------------------------------------------------------------------------------------
 
 
+def place_arguments(n: int, sizes: list[int], strides: list[int]) -> tuple[int | bool, ...]:
+    """n1, n2, n3, s0, s1, s2, s3, DIMS, WIDE of `uniform`."""
+    dims = sum(size > 1 for size in sizes[:3]) + 1
+    return *sizes[1:], strides[_MAX_DIMS - dims], *strides[1:], dims, n >= 2**31   # _merge puts the dims of size 1 first
+
+
 def _launch(x: Tensor, start: int, threshold: int, scale: float, sizes: list[int], strides: list[int]) -> Tensor:
     y, n = torch.empty_like(x), x.numel()
     if n:
-        dims = sum(size > 1 for size in sizes[:3]) + 1
-        last = 4 - dims                                               # _merge puts the dims of size 1 first
-        _kernel[(triton.cdiv(n, 1024),)](x, y, n, start, threshold, scale, *sizes[1:], strides[last], *strides[1:],
-                                         dims, n >= 2**31, 1024)
+        _kernel[(triton.cdiv(n, 1024),)](x, y, n, start, threshold, scale, *place_arguments(n, sizes, strides), 1024)
     return y
 
 
@@ -129,7 +139,7 @@ def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _merge(shape: torch.Size, strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
+def _merge(shape: torch.Size, strides: tuple[int, ...], op: str = "dropout") -> tuple[list[int], list[int]]:
     """Sizes and strides, 4 each and outermost first, with dims of size 1 dropped and dims merged that count on."""
     sizes, steps = [1], [1]
     for size, step in reversed([(n, s) for n, s in zip(shape, strides) if n != 1]):
@@ -141,10 +151,18 @@ def _merge(shape: torch.Size, strides: tuple[int, ...]) -> tuple[list[int], list
             sizes.insert(0, size)
             steps.insert(0, step)
     if len(sizes) > _MAX_DIMS:
-        raise ValueError(f"dropout: x must have at most {_MAX_DIMS} dims after merging those that are contiguous in "
+        raise ValueError(f"{op}: x must have at most {_MAX_DIMS} dims after merging those that are contiguous in "
                          f"the global tensor, got {list(shape)} with strides {list(strides)}; apply it to pieces of x")
     pad = _MAX_DIMS - len(sizes)
     return [1] * pad + sizes, [0] * pad + steps
+
+
+def place(op: str, x: Tensor, strides: tuple[int, ...] | None) -> tuple[tuple[int, ...], list[int], list[int]]:
+    """The global tensor's strides (None: x is all of it), and x's sizes and steps as an op takes them."""
+    strides = _contiguous_strides(x.shape) if strides is None else tuple(strides)
+    if len(strides) != x.dim():
+        raise ValueError(f"{op}: strides must be one int per dim of x ({x.dim()}), got {list(strides)}; pass the global tensor's stride()")
+    return strides, *_merge(x.shape, strides, op)
 
 
 def dropout(x: Tensor, p: float, seed: int, *, base: int = 0, strides: tuple[int, ...] | None = None) -> Tensor:
@@ -161,11 +179,7 @@ def dropout(x: Tensor, p: float, seed: int, *, base: int = 0, strides: tuple[int
         raise ValueError(f"dropout: x must be floating point, got {x.dtype}; cast it")
     if not 0 <= p < 1:
         raise ValueError(f"dropout: p must be in [0, 1), got {p}; for all zeros use torch.zeros_like")
-    strides = _contiguous_strides(x.shape) if strides is None else tuple(strides)
-    if len(strides) != x.dim():
-        raise ValueError(f"dropout: strides must be one int per dim of x ({x.dim()}), got {list(strides)}; "
-                         "pass the global tensor's stride()")
-    sizes, steps = _merge(x.shape, strides)
+    strides, sizes, steps = place("dropout", x, strides)
     if p == 0:
         return x
     if not fused(x):

@@ -482,11 +482,6 @@ def z_loss(lse: Tensor, coeff: float, *, tokens: Tensor | float | None = None) -
     return coeff * lse.square().sum() / of.clamp(min=1)
 
 
-def jitter(x: Tensor, eps: float, generator: torch.Generator | None = None) -> Tensor:
-    """x times noise uniform in [1 - eps, 1 + eps]: the router's input in training (arXiv:2101.03961)."""
-    return x * torch.empty_like(x).uniform_(1 - eps, 1 + eps, generator=generator)
-
-
 def forced_balance(tokens: int, topk: int, experts: int, device: torch.device | str | None = None) -> Tensor:
     """ids int32 [tokens, topk] that give every expert the same load, in turn: for benches, as `ids` of router."""
     return (torch.arange(tokens * topk, dtype=torch.int64, device=device) % experts).int().view(tokens, topk)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..parallel.errors import UserError, nearest, raise_problems
+from ..parallel.layout import balancing
 
 __all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "SchedConfig", "TrainerConfig", "from_dict",
            "load_config", "to_dict", "to_yaml"]
@@ -49,6 +50,8 @@ Flag = Annotated[int, Range(lo=0, below=2)]
 Positive = Annotated[float, Range(above=0)]
 PositiveOrZero = Annotated[float, Range(lo=0)]
 Probability = Annotated[float, Range(lo=0, below=1)]
+Fraction = Annotated[float, Range(above=0, below=1)]
+Balancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
 Seed = Annotated[int, Range(lo=0, below=2**32)]
 Schedule = Annotated[Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"], Spelled((
     ("GPipe", "gpipe"), ("1F1B", "1f1b"), ("Interleaved1F1B", "interleaved_1f1b"),
@@ -119,12 +122,15 @@ class ModelConfig(_Checked):
     moe_router_topk_scaling_factor: Positive = 1.0              # of the probs
     moe_router_enable_expert_bias: bool = False                 # balance by a bias on the choice, moved after each step
     moe_router_bias_update_rate: PositiveOrZero = 1e-3          # how far
-    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"   # over a micro-batch, or a sample
-    moe_aux_loss_coeff: PositiveOrZero = 1e-2                   # weight of that loss
+    moe_router_load_balancing_type: Balancing | tuple[Balancing, ...] = "aux_loss"   # over a micro-batch, a sample, the step so far
+    moe_aux_loss_coeff: PositiveOrZero | tuple[PositiveOrZero, ...] = 1e-2   # weight of that loss, or of each in a list
     moe_z_loss_coeff: PositiveOrZero = 0.0                      # weight of mean(logsumexp(logits)^2)
+    moe_input_jitter_eps: Fraction | None = None                # training: the router sees its input times 1 +- eps
     moe_router_force_load_balancing: bool = False               # benches: every expert gets the same load
+    moe_enable_routing_replay: bool = False                     # choices can be recorded and replayed; recompute takes the first pass's
     moe_expert_capacity_factor: Positive | None = None          # most tokens of an expert over its fair share; None: all
     moe_token_drop_policy: Literal["probs", "position"] = "probs"   # which stay
+    moe_pad_expert_input_to_capacity: bool = False              # buffers of that capacity: no shape depends on the routing
     micro_batch_size: Count = 4                                 # samples of one forward pass of a data-parallel rank
     global_batch_size: Count = 16                               # samples of one step on all ranks
 
@@ -149,6 +155,21 @@ class ModelConfig(_Checked):
     def moe_ffn_size(self) -> int:
         """moe_ffn_hidden_size with its default filled in."""
         return self.moe_ffn_hidden_size or self.ffn_size
+
+    @property
+    def balancing(self) -> dict[str, float]:
+        """{loss that balances experts: its weight}, those of weight 0 left out."""
+        return balancing(self.moe_router_load_balancing_type, self.moe_aux_loss_coeff)
+
+    def _between(self) -> list[str]:
+        wrong = []
+        try:
+            balancing(self.moe_router_load_balancing_type, self.moe_aux_loss_coeff)
+        except ValueError as e:
+            wrong.append(f"model.{e}")
+        if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
+            wrong.append("model.moe_pad_expert_input_to_capacity needs model.moe_expert_capacity_factor, got none; set it to 1.25")
+        return wrong
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
@@ -248,7 +269,7 @@ def _value(name: str, value: Any, hint: Any) -> Any:
     """`value` as `hint` wants it, or a UserError: what must hold, what came, the way out."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):                     # T | None
-        if value is None or str(value).lower() == "none":
+        if type(None) in args and (value is None or str(value).lower() == "none"):
             return None
         kinds = [a for a in args if a is not type(None)]              # a list where one may come, and one came
         listed = isinstance(value, (list, tuple))

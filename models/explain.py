@@ -179,7 +179,7 @@ def _tp_experts(m: ModelConfig, layout: Layout, row: Callable[..., Traffic], cal
 
     Recompute ends with the last tensor that the backward needs, which comes before the join."""
     times = 2 if m.recompute_granularity == "full" else 1
-    slots, balanced = m.seq_length * m.micro_batch_size * m.moe_router_topk, m.moe_router_load_balancing_type != "none"
+    slots = m.seq_length * m.micro_batch_size * m.moe_router_topk
     rows = []
     if not layout.sp:
         after = times if m.moe_shared_expert_intermediate_size else 1
@@ -188,7 +188,7 @@ def _tp_experts(m: ModelConfig, layout: Layout, row: Callable[..., Traffic], cal
     if m.moe_expert_capacity_factor is not None:
         rows += [row("experts: choices, for the capacity", "all-gather", times * calls, 4 * slots),
                  row("experts: probs, for the capacity", "all-gather", times * calls, stat * slots)]
-    if balanced and m.moe_aux_loss_coeff:
+    if m.balancing:
         rows.append(row("experts: counts for the balancing loss", "all-reduce", times * calls,
                         4 * m.micro_batch_size * (m.num_moe_experts or 0)))
     return rows
@@ -217,8 +217,11 @@ def dp_traffic(config: Config, layout: Layout, vocab_size: int, rank: int = 0, a
                 row("weights after the step", "all-gather", calls, whole * itemsize / calls)]
     if axis == "edp":
         return rows
-    return [*rows, *_counts(config.model, _mine(config.model, layout, rank)[1], row),
-            row("loss", "all-reduce", 1, wide), row("gradient norm", "all-reduce", 1, 8)]
+    m, moe = config.model, _mine(config.model, layout, rank)[1]
+    shared = _microbatches(config, layout) * len(moe) if "global_aux_loss" in m.balancing else 0     # not again in a recompute
+    rows.append(row("experts: counts for the global loss", "all-gather", shared, 8 * n * (m.num_moe_experts or 0)))
+    return [r for r in [*rows, *_counts(m, moe, row), row("loss", "all-reduce", 1, wide), row("gradient norm", "all-reduce", 1, 8)]
+            if r.calls]
 
 
 def pp_traffic(config: Config, layout: Layout, rank: int = 0) -> list[Traffic]:
@@ -271,7 +274,7 @@ def ep_traffic(config: Config, layout: Layout, rank: int = 0) -> list[Traffic]:
     calls = _microbatches(config, layout) * len(_mine(m, layout, rank)[1])
     tokens, wide, row = m.seq_length * m.micro_batch_size // layout.tp, max(4, itemsize), _rows(e)
     rows, slots = tokens * remote_rows(m, e) * m.hidden_size, e * tokens * m.moe_router_topk
-    losses = m.moe_z_loss_coeff or (m.moe_router_load_balancing_type != "none" and m.moe_aux_loss_coeff)
+    losses = m.moe_z_loss_coeff or m.balancing
     made = []
     for how in ("forward", "forward again") if again else ("forward",):
         made += [row(f"choices, {how}", "all-gather", calls, 4 * slots), row(f"probs, {how}", "all-gather", calls, wide * slots),
@@ -327,11 +330,15 @@ def _experts(m: ModelConfig, layout: Layout, itemsize: int) -> int:
     shared, slots = m.moe_shared_expert_intermediate_size, mine * K
     whole, part = (mine if layout.sp else every) * D * itemsize, mine * D * itemsize   # the layer's input, this rank's part of it
     copied = layout.tp > 1 and not layout.sp
-    kept = layout.ep == 1 or stat == itemsize or (shared and not copied)              # dispatch keeps no input
+    noisy = m.moe_input_jitter_eps is not None
+    kept = layout.ep == 1 or (stat == itemsize and not noisy) or (shared and not copied)      # dispatch keeps no input
     n = (part if kept else 0) + (whole if shared and copied else 0)
-    if stat != itemsize:                                              # the router multiplies in fp32: copies of input and weight
+    if stat != itemsize or noisy:                                     # the router multiplies in fp32: copies of input and weight
         n += (mine + E) * D * stat
     n += mine * E * stat + slots * 4 + (mine * stat if m.moe_z_loss_coeff else 0)     # logits, choices, logsumexp
+    if m.moe_expert_capacity_factor is not None:                      # of a micro-batch, which tp ranks share
+        most = E // layout.ep * math.ceil(every * K / E * m.moe_expert_capacity_factor) * max(1, layout.ep // layout.tp)
+        slots = min(most, layout.ep * slots if m.moe_pad_expert_input_to_capacity else slots)
     n += slots * ((2 if m.activation == "swiglu" else 1) * m.moe_ffn_size * itemsize + stat)   # pre-activations, probs
     n += slots * D * itemsize if layout.ep > 1 else 2 * slots * 4     # the tokens that came, or the maps to gather them
     if shared:
@@ -439,7 +446,7 @@ def explain(config: Config, world: int, vocab_size: int | None = None) -> str:
         if not rows and axis not in ("tp", "dp"):
             continue
         whole = human(sum(x.bytes for x in rows))
-        lines += ["", f"sent by each rank in a step, over {axis}: {whole}" + ("" if rows else _nothing(layout, axis))]
+        lines += ["", f"sent by each rank in a step, over {axis}: {whole}" + ", for there is one rank" * (getattr(layout, axis) == 1)]
         lines += [f"    {x.cause:<40}{x.op:<16}{x.calls:>7,} x {human(x.bytes / x.calls):>10} {human(x.bytes):>12}" for x in rows]
         if axis == "ep":
             lines.append(f"    (balanced routing: a token goes to {remote_rows(m, layout.ep):.2f} other ranks in the mean)")
@@ -447,10 +454,6 @@ def explain(config: Config, world: int, vocab_size: int | None = None) -> str:
     of = "each rank" if layout.pp == 1 else f"a rank at {worst} of pp"
     lines += ["", f"memory of {of}: {human(sum(need.values()))}" + _other_zero1(config, layout, vocab, worst)]
     return "\n".join(lines + [f"    {what:<60}{human(size):>29}" for what, size in need.items()])
-
-
-def _nothing(layout: Layout, axis: str) -> str:
-    return ", for there is one rank" if getattr(layout, axis) == 1 else ""
 
 
 def _model(config: Config, layout: Layout, world: int, vocab: int) -> list[str]:

@@ -63,6 +63,11 @@ class Norm(nn.Module):
         return rs_residual_norm(partial, residual, self.weight, self.eps, self.tp.group, bias=self.bias)
 
 
+def named_seed(seed: int, name: str) -> int:
+    """A seed of its own for everything that has a name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+
 class Dropout(nn.Module):
     """Drops the same elements whatever the layout: the mask depends on the element's place in the global batch.
 
@@ -71,7 +76,7 @@ class Dropout(nn.Module):
     def __init__(self, p: float, name: str, seed: int):
         super().__init__()
         self.p = p
-        self.seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+        self.seed = named_seed(seed, name)
 
     def forward(self, x: Tensor, base: int, strides: tuple[int, ...]) -> Tensor:
         return dropout(x, self.p, self.seed, base=base, strides=strides) if self.p and self.training else x
@@ -136,7 +141,7 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(self.up(y)))
 
 
-def moe_layer(cfg: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> MoELayer:
+def moe_layer(cfg: ModelConfig, mesh: Mesh, dtype: torch.dtype, seed: int) -> MoELayer:
     """Experts in place of an MLP."""
     assert cfg.num_moe_experts is not None
     options = RouterOptions(
@@ -144,12 +149,13 @@ def moe_layer(cfg: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> MoELayer:
         norm_topk_prob=cfg.moe_router_norm_topk_prob, num_groups=cfg.moe_router_num_groups, group_topk=cfg.moe_router_group_topk,
         scaling_factor=cfg.moe_router_topk_scaling_factor, expert_bias=cfg.moe_router_enable_expert_bias,
         load_balancing=cfg.moe_router_load_balancing_type, aux_loss_coeff=cfg.moe_aux_loss_coeff, z_loss_coeff=cfg.moe_z_loss_coeff,
-        force_load_balancing=cfg.moe_router_force_load_balancing, capacity_factor=cfg.moe_expert_capacity_factor,
-        drop_policy=cfg.moe_token_drop_policy)
+        input_jitter_eps=cfg.moe_input_jitter_eps, force_load_balancing=cfg.moe_router_force_load_balancing,
+        enable_routing_replay=cfg.moe_enable_routing_replay, capacity_factor=cfg.moe_expert_capacity_factor,
+        drop_policy=cfg.moe_token_drop_policy, pad_expert_input_to_capacity=cfg.moe_pad_expert_input_to_capacity)
     shared = cfg.moe_shared_expert_intermediate_size
     return MoELayer(cfg.hidden_size, cfg.moe_ffn_size, cfg.num_moe_experts, options, mesh, sequence_parallel=cfg.sequence_parallel,
                     shared=MLP(cfg, mesh.tp, dtype, shared) if shared else None, shared_gate=cfg.moe_shared_expert_gate,
-                    activation=cfg.activation, init_std=cfg.init_method_std, output_std=_output_std(cfg), dtype=dtype)
+                    activation=cfg.activation, init_std=cfg.init_method_std, output_std=_output_std(cfg), dtype=dtype, seed=seed)
 
 
 class Block(nn.Module):
@@ -159,7 +165,7 @@ class Block(nn.Module):
         self.cfg, self.tp = cfg, tp
         self.input_layernorm, self.post_attention_layernorm = Norm(cfg, tp, dtype), Norm(cfg, tp, dtype)
         self.self_attn = Attention(cfg, tp, name, seed, dtype)
-        self.mlp = moe_layer(cfg, mesh, dtype) if cfg.has_experts(layer) else MLP(cfg, tp, dtype)
+        self.mlp = moe_layer(cfg, mesh, dtype, named_seed(seed, f"{name}.mlp")) if cfg.has_experts(layer) else MLP(cfg, tp, dtype)
         self.attn_dropout = Dropout(cfg.hidden_dropout, f"{name}.self_attn.dropout", seed)
         self.mlp_dropout = Dropout(cfg.hidden_dropout, f"{name}.mlp.dropout", seed)
         # Only where nothing stands between the sum over ranks and the residual can one op do both.
@@ -173,7 +179,8 @@ class Block(nn.Module):
             h, y = norm.reduce_add(proj.partial(o), h)
         else:
             h, y = norm.add(self.attn_dropout(proj(o), *place), h)
-        return h + self.mlp_dropout(self.mlp(y), *place)
+        o = self.mlp(y, first_sample) if isinstance(self.mlp, MoELayer) else self.mlp(y)
+        return h + self.mlp_dropout(o, *place)
 
 
 class GPT(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,27 @@ def bucketing(numbers: int, ranks: int, size: int | None) -> tuple[int, int]:
     unit = ALIGN * ranks
     whole = -(-numbers // unit) * unit
     return whole, max(1, (size or max(1 << 20, whole // 64)) // unit) * unit
+
+
+BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
+
+
+def balancing(types: str | Sequence[str], coeffs: float | Sequence[float]) -> dict[str, float]:
+    """{loss that balances experts: its weight} of moe_router_load_balancing_type and moe_aux_loss_coeff: one of each, or lists alike.
+
+    Raises: ValueError for an unknown word, lists of unlike lengths, a word given twice, or "none" beside others."""
+    words = [types] if isinstance(types, str) else list(types)
+    weights = [coeffs] * len(words) if isinstance(coeffs, (int, float)) else list(coeffs)
+    if wrong := [w for w in words if w not in BALANCING]:
+        raise ValueError(f"moe_router_load_balancing_type must be of {', '.join(BALANCING)}, got {wrong[0]!r}")
+    if len(words) != len(weights):
+        raise ValueError("moe_aux_loss_coeff must have a number for each of moe_router_load_balancing_type, "
+                         f"got {len(weights)} for {len(words)}")
+    if not words or len(set(words)) < len(words) or ("none" in words and len(words) > 1):
+        raise ValueError(f"moe_router_load_balancing_type must name different losses, or none alone, got {words}")
+    if any(w < 0 for w in weights):
+        raise ValueError(f"moe_aux_loss_coeff must be >= 0, got {min(weights)}")
+    return {word: float(weight) for word, weight in zip(words, weights) if word != "none" and weight}
 
 
 Rule = Callable[["ModelConfig", Layout], "str | None"]

@@ -50,6 +50,17 @@ def test_lists():
     assert config.data.paths == ("a", "b c") and config.optim.betas == (0.8, 0.9) and config.data.extensions == (".py",)
 
 
+def test_losses_that_balance_experts():
+    """Megatron's words: one, or a list with a weight for each or for all."""
+    of = lambda *words: load_config(None, [f"model.{w}" for w in words]).model.balancing  # noqa: E731
+    kind, weight = "moe_router_load_balancing_type", "moe_aux_loss_coeff"
+    assert of() == {"aux_loss": 0.01} and of(f"{kind}=none") == {} and of(f"{weight}=0") == {}
+    assert of(f"{kind}=global_aux_loss", f"{weight}=0.5") == {"global_aux_loss": 0.5}
+    assert of(f"{kind}=[aux_loss, global_aux_loss]", f"{weight}=[0.1, 0.2]") == {"aux_loss": 0.1, "global_aux_loss": 0.2}
+    assert of(f"{kind}=[aux_loss, seq_aux_loss]", f"{weight}=0.1") == {"aux_loss": 0.1, "seq_aux_loss": 0.1}
+    assert of(f"{kind}=[aux_loss, seq_aux_loss]", f"{weight}=[0.1, 0]") == {"aux_loss": 0.1}
+
+
 @pytest.mark.parametrize("override, wanted", [
     ("model.num_layer=3", "did you mean model.num_layers"),
     ("model.lr=3", "did you mean optim.lr"),                          # the right word in the wrong section
@@ -69,6 +80,17 @@ def test_lists():
     ("optim.betas=[0.9]", "must be a list of 2 numbers"),
     ("optim.lr=nan", "must be a finite number"),
     ("optim.lr=1e-5", "set optim.min_lr=1e-06"),
+    ("model.moe_router_load_balancing_type=sinkhorn", "must be one of aux_loss, seq_aux_loss, global_aux_loss, none, got 'sinkhorn'"),
+    ("model.moe_router_load_balancing_type=[aux_loss, aux]", "load_balancing_type[1] must be one of aux_loss"),
+    ("model.moe_router_load_balancing_type=[aux_loss, none]", "model.moe_router_load_balancing_type must name different losses"),
+    ("model.moe_aux_loss_coeff=[0.1, 0.2]", "model.moe_aux_loss_coeff must have a number for each of moe_router_load_balancing_type, got 2 for 1"),
+    ("model.moe_aux_loss_coeff=-1", "must be >= 0, got -1.0"),
+    ("model.moe_input_jitter_eps=1", "must be > 0 and < 1, got 1.0"),
+    ("model.moe_input_jitter_eps=0", "must be > 0 and < 1, got 0.0"),
+    ("model.moe_pad_expert_input_to_capacity=true", "needs model.moe_expert_capacity_factor, got none; set it to 1.25"),
+    ("model.moe_expert_capacity_factor=0", "must be > 0, got 0.0"),
+    ("model.moe_token_drop_policy=first", "one of probs, position, got 'first'"),
+    ("model.moe_enable_routing_replay=1", "must be true or false, got 1"),
     ("num_layers", "must be key=value"),
     ("model.num_layers=[1", "must be YAML")])
 def test_mistakes_name_the_way_out(override, wanted):
@@ -119,6 +141,7 @@ VALUES = {"model.num_layers": st.integers(1, 1 << 40), "model.activation": st.sa
            "model.kv_channels": st.none() | st.integers(1, 99), "model.add_bias_linear": st.booleans(),
            "optim.lr": st.floats(1e-3, 1e9), "optim.sched.decay": st.sampled_from(["cosine", "linear", "constant"]),
            "data.paths": st.lists(TEXT), "trainer.seed": st.integers(0, 2**32 - 1),
+           "model.moe_router_load_balancing_type": st.sampled_from(["none", "global_aux_loss", ["aux_loss", "seq_aux_loss"]]),
            "optim.betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2)}
 
 

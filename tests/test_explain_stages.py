@@ -25,6 +25,8 @@ from interlace.parallel.mesh import Axis, Mesh
 MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48, "seq_length": 24}
 SHARED = {**MOE, "moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True}
 CAPACITY = {**MOE, "moe_expert_capacity_factor": 4.0, "moe_z_loss_coeff": 1e-3}
+STATIC = {**MOE, "moe_expert_capacity_factor": 1.5, "moe_pad_expert_input_to_capacity": True, "moe_input_jitter_eps": 0.1,
+          "moe_router_load_balancing_type": ("global_aux_loss", "seq_aux_loss"), "moe_aux_loss_coeff": (1e-2, 1e-3)}
 TIED = {"share_embeddings_and_output_weights": True}
 QUIET = {**MOE, "moe_router_load_balancing_type": "none"}
 
@@ -89,7 +91,7 @@ def _all_axes(rank, cfg, layout):
     ({"hidden_dropout": 0.1}, {"pp": 2, "tp": 2, "sp": True, "schedule": "zbv_zero_bubble"}),
     ({}, {"pp": 3, "micro": 3}),
     (SHARED, {"tp": 2, "ep": 2, "recompute": True}), (MOE, {"tp": 2, "ep": 2, "recompute": True}),
-    (CAPACITY, {"tp": 2, "dp": 2, "ep": 4, "sp": True}), (QUIET, {"dp": 2, "ep": 2, "recompute": True, "precision": "bf16"}),
+    (CAPACITY, {"tp": 2, "dp": 2, "ep": 4, "sp": True}), (STATIC, {"tp": 2, "dp": 2, "ep": 2, "recompute": True}), (QUIET, {"dp": 2, "ep": 2, "recompute": True, "precision": "bf16"}),
     ({**SHARED, "moe_layer_freq": 2}, {"tp": 2, "dp": 2, "ep": 2, "sp": True, "recompute": True}),
     ({**MOE, **GPT2, "moe_layer_freq": 2}, {"dp": 2, "zero1": True, "precision": "bf16"}),
     ({**SHARED, "moe_layer_freq": (1, 1, 0, 1, 0)}, {"tp": 2, "pp": 2, "ep": 2, "sp": True,
@@ -142,7 +144,7 @@ def _stage_activations(rank, cfg, layout):
     (GPT2, {"pp": 2, "tp": 2, "sp": True, "schedule": "interleaved_zero_bubble"}),
     ({}, {"pp": 2, "tp": 2, "sp": True, "schedule": "zbv_zero_bubble"}),
     (MOE, {}), (SHARED, {"tp": 2}), (SHARED, {"tp": 2, "sp": True}), ({**MOE, **GPT2}, {"precision": "bf16"}),
-    (CAPACITY, {"dp": 2, "ep": 2}), (SHARED, {"tp": 2, "ep": 2, "precision": "bf16"}), (MOE, {"tp": 2, "ep": 2}),
+    (CAPACITY, {"dp": 2, "ep": 2}), (STATIC, {"dp": 2, "ep": 2}), (SHARED, {"tp": 2, "ep": 2, "precision": "bf16"}), (MOE, {"tp": 2, "ep": 2}),
     ({**SHARED, "moe_layer_freq": 2}, {"pp": 2, "tp": 2, "ep": 2, "sp": True, "schedule": "interleaved_zero_bubble"}),
 ], ids=str)
 def test_activations_of_stages_and_experts(options, kwargs):

@@ -28,7 +28,9 @@ MOE = {
     "sigmoid": {**EXPERTS, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
                 "moe_router_load_balancing_type": "seq_aux_loss", "moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True,
                 "moe_router_num_groups": 2, "moe_router_group_topk": 1, "moe_router_topk_scaling_factor": 1.5},
-    "every second": {**EXPERTS, "moe_layer_freq": 2, "moe_token_drop_policy": "position", "moe_expert_capacity_factor": 0.5},
+    "every second": {**EXPERTS, "moe_layer_freq": 2, "moe_token_drop_policy": "position", "moe_expert_capacity_factor": 0.5,
+                     "moe_pad_expert_input_to_capacity": True, "moe_input_jitter_eps": 0.1, "moe_enable_routing_replay": True,
+                     "moe_router_load_balancing_type": ("global_aux_loss", "seq_aux_loss"), "moe_aux_loss_coeff": (0.05, 0.01)},
 }
 STYLES = {
     "llama": {}, "gqa": {"num_query_groups": 1},

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from budget import check_budget
@@ -75,6 +77,18 @@ def test_every_16_bit_number_passes_as_it_is(dtype):
     assert torch.equal(o.isnan(), nan) and torch.equal(torch.where(nan, 0, o), torch.where(nan, 0, y))
     third = unpermute(y, plan, torch.full((1, 1), 1 / 3))
     assert torch.equal(torch.where(nan, 0, third), torch.where(nan, 0, (y.float() * torch.tensor(1 / 3)).to(dtype)))
+
+
+def test_rows_past_2_to_31_elements():
+    """A row that begins behind element 2^31. Only what is written costs memory: the rows between are never touched."""
+    R, H = 32770, 65536
+    y, probs = torch.empty(R, H, dtype=torch.float16), torch.tensor([[0.5, 0.25]])
+    y[0], y[R - 1] = torch.arange(H) % 7, torch.arange(H) % 5
+    slots = torch.full((R,), -1, dtype=torch.int32)
+    slots[0], slots[R - 1] = 0, 1
+    plan = dataclasses.replace(route_plan(torch.zeros(1, 2, dtype=torch.int64), 1), slot_of_row=slots,
+                               row_of_slot=torch.tensor([[0, R - 1]], dtype=torch.int32))
+    assert (R - 1) * H > 2**31 and torch.equal(unpermute(y, plan, probs)[0], (0.5 * y[0].float() + 0.25 * y[R - 1].float()).half())
 
 
 def test_a_token_does_not_depend_on_its_batch(device):

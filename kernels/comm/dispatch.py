@@ -289,7 +289,8 @@ def dispatch_plan(ids: Tensor, num_experts: int, group: Group, align: int = 1, *
       `route_plan`, earlier ranks first; max_rows: R itself, rows past it are dropped and counted in plan.dropped (without it R is
       read from the device); max_tokens: a bound on T on all ranks, which saves the exchange of the T's.
     Returns: DispatchPlan. With max_rows and max_tokens no shape depends on the ids and the host reads nothing (CUDA graphs).
-    Raises: ValueError for bad arguments and, on CPU on every rank, ids out of range of any rank (elsewhere they are dropped);
+    Raises: ValueError for bad arguments and, on CPU on every rank, ids out of range of any rank (elsewhere, and under torch.compile,
+      they are dropped);
       CollectiveMismatch on every rank where K, num_experts or another argument differs.
     """
     size = group_size(group)
@@ -302,7 +303,7 @@ def dispatch_plan(ids: Tensor, num_experts: int, group: Group, align: int = 1, *
         most = max(c["tokens"] for c in _agree(call, ids.device, group)) if size > 1 else T
     small = ids.detach().clamp(-2, num_experts).to(torch.int32)       # out of range stays out of range
     every = all_gather(_padded(small, most, -1), group) if size > 1 else small
-    if every.device.type == "cpu" and every.numel():
+    if every.device.type == "cpu" and every.numel() and not torch.compiler.is_compiling():
         low, high = every.aminmax()
         if low < -1 or high >= num_experts:
             wrong = (every < -1) | (every >= num_experts)
