@@ -1,18 +1,10 @@
 // rms_norm on CPU: h = x (+ residual); y = h * rstd * w. Math and shapes: kernels/rms_norm.py
-#include <cmath>
 #include <vector>
 
-#include "common.h"
+#include "norm_rows.h"
 
 namespace interlace {
 namespace {
-
-template <class T, class A> A sum_of_squares(const T* x, int64_t D) {
-  A s = 0;
-#pragma omp simd reduction(+ : s)
-  for (int64_t i = 0; i < D; i++) s += up(x[i]) * up(x[i]);
-  return s;
-}
 
 std::tuple<Tensor, Tensor> fwd(Tensor x, Tensor w, double eps) {
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
@@ -24,14 +16,7 @@ std::tuple<Tensor, Tensor> fwd(Tensor x, Tensor w, double eps) {
     T* yp = out<T>(y);
     A* rp = out<A>(rstd);
     rows(N, D, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; n++) {
-        const T* xr = xp + n * D;
-        T* yr = yp + n * D;
-        const A r = A(1) / std::sqrt(sum_of_squares<T, A>(xr, D) / A(D) + A(eps));
-        rp[n] = r;
-#pragma omp simd
-        for (int64_t i = 0; i < D; i++) yr[i] = down<T>(up(xr[i]) * r * up(wp[i]));
-      }
+      for (int64_t n = begin; n < end; n++) rp[n] = rms_row<T, A>(xp + n * D, wp, yp + n * D, D, A(eps));
     });
   });
   return {y, rstd};
@@ -49,13 +34,10 @@ std::tuple<Tensor, Tensor, Tensor> add_fwd(Tensor x, Tensor residual, Tensor w, 
     rows(N, D, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; n++) {
         const T *xr = xp + n * D, *sr = sp + n * D;
-        T *hr = hp + n * D, *yr = yp + n * D;
+        T* hr = hp + n * D;
 #pragma omp simd
         for (int64_t i = 0; i < D; i++) hr[i] = down<T>(up(xr[i]) + up(sr[i]));
-        const A r = A(1) / std::sqrt(sum_of_squares<T, A>(hr, D) / A(D) + A(eps));
-        rp[n] = r;
-#pragma omp simd
-        for (int64_t i = 0; i < D; i++) yr[i] = down<T>(up(hr[i]) * r * up(wp[i]));
+        rp[n] = rms_row<T, A>(hr, wp, yp + n * D, D, A(eps));
       }
     });
   });
