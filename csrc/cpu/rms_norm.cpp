@@ -1,16 +1,10 @@
 // rms_norm on CPU: h = x (+ residual); y = h * rstd * (w + offset). Math and shapes: kernels/rms_norm.py
-#include <cmath>
 #include <vector>
 
-#include "common.h"
-#include "sums.h"
+#include "norm_rows.h"
 
 namespace interlace {
 namespace {
-
-template <class T, class A> A rstd_of(const T* x, int64_t D, A eps) {
-  return A(1) / std::sqrt(sum<A>(D, [=](int64_t i) { return up(x[i]) * up(x[i]); }) / A(D) + eps);
-}
 
 std::tuple<Tensor, Tensor> fwd(Tensor x, Tensor w, double eps, double offset) {
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
@@ -22,14 +16,7 @@ std::tuple<Tensor, Tensor> fwd(Tensor x, Tensor w, double eps, double offset) {
     T* yp = out<T>(y);
     A* rp = out<A>(rstd);
     rows(N, D, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; n++) {
-        const T* xr = xp + n * D;
-        T* yr = yp + n * D;
-        const A r = rstd_of<T, A>(xr, D, A(eps)), o = A(offset);
-        rp[n] = r;
-#pragma omp simd
-        for (int64_t i = 0; i < D; i++) yr[i] = down<T>(up(xr[i]) * r * (up(wp[i]) + o));
-      }
+      for (int64_t n = begin; n < end; n++) rp[n] = rms_row<T, A>(xp + n * D, wp, yp + n * D, D, A(eps), A(offset));
     });
   });
   return {y, rstd};
@@ -47,13 +34,10 @@ std::tuple<Tensor, Tensor, Tensor> add_fwd(Tensor x, Tensor residual, Tensor w, 
     rows(N, D, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; n++) {
         const T *xr = xp + n * D, *sr = sp + n * D;
-        T *hr = hp + n * D, *yr = yp + n * D;
+        T* hr = hp + n * D;
 #pragma omp simd
         for (int64_t i = 0; i < D; i++) hr[i] = down<T>(up(xr[i]) + up(sr[i]));
-        const A r = rstd_of<T, A>(hr, D, A(eps)), o = A(offset);
-        rp[n] = r;
-#pragma omp simd
-        for (int64_t i = 0; i < D; i++) yr[i] = down<T>(up(hr[i]) * r * (up(wp[i]) + o));
+        rp[n] = rms_row<T, A>(hr, wp, yp + n * D, D, A(eps), A(offset));
       }
     });
   });

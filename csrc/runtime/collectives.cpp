@@ -109,9 +109,9 @@ INTERLACE_API int interlace_all_gather(Heap* heap, const void* src, void* dst, i
 }
 
 namespace {
-// Part r of src goes to rank r; take(at, m, from) gets what the ranks have for me: from[q] = elements at..at+m of q's part me.
-template <class Take> int scatter(Heap& h, const char* src, int64_t n, int64_t size, const Desc& d, Take take) {
-  const int64_t c = d.staged ? std::max<int64_t>(n, 1) : whole_lines(h.chunk / size / h.world, size);
+// Part r of src goes to rank r, c elements of it at a time; take(at, m, from) gets what the ranks have for me: from[q] = elements
+// at..at+m of q's part me.
+template <class Take> int scatter(Heap& h, const char* src, int64_t n, int64_t c, int64_t size, const Desc& d, Take take) {
   const int64_t part = std::min(n, c) * size, span = part * h.world;
   std::vector<const void*> from(h.world);
   for (int64_t k = 0; k < chunks(n, c); k++) {
@@ -129,6 +129,11 @@ template <class Take> int scatter(Heap& h, const char* src, int64_t n, int64_t s
   }
   return OK;
 }
+
+// Elements of a part that go through at a time.
+int64_t portion(const Heap& h, int64_t n, int64_t size, const Desc& d) {
+  return d.staged ? std::max<int64_t>(n, 1) : whole_lines(h.chunk / size / h.world, size);
+}
 }  // namespace
 
 // dst[i] = sum over ranks of src[rank * n + i]; n elements per rank.
@@ -139,7 +144,7 @@ INTERLACE_API int interlace_reduce_scatter(Heap* heap, const void* src, void* ds
   const int64_t size = SIZES[dtype];
   const Desc d = call.desc(dtype, 0, n);
   auto to = static_cast<char*>(dst);
-  return scatter(h, static_cast<const char*>(src), n, size, d, [&](int64_t at, int64_t m, const void* const* from) {
+  return scatter(h, static_cast<const char*>(src), n, portion(h, n, size, d), size, d, [&](int64_t at, int64_t m, const void* const* from) {
     kernels().reduce[0][dtype](to + at * size, nullptr, from, h.world, m);
   });
 }
@@ -153,9 +158,25 @@ INTERLACE_API int interlace_all_to_all(Heap* heap, const void* src, void* dst, i
   const auto put = copier(h, n * size * h.world);
   const Desc d = call.desc(dtype, 0, n);
   auto to = static_cast<char*>(dst);
-  return scatter(h, static_cast<const char*>(src), n, size, d, [&](int64_t at, int64_t m, const void* const* from) {
+  return scatter(h, static_cast<const char*>(src), n, portion(h, n, size, d), size, d, [&](int64_t at, int64_t m, const void* const* from) {
     for (int q = 0; q < h.world; q++) put(to + (q * n + at) * size, from[q], m * size);
   });
+}
+
+// What a fused op does with rows at..at+m of its part: from[q] = rank q's.
+using TakeRows = void (*)(void* self, int64_t at, int64_t m, const void* const* from);
+
+// A reduce-scatter of [world * rows, cols] in whole rows, which `take` sums. A row of every part must fit a slot.
+INTERLACE_API int interlace_scatter_rows(Heap* heap, int op, const void* src, int64_t rows, int64_t cols, int dtype, TakeRows take,
+                                         void* self) {
+  const int64_t row = cols * SIZES[dtype];
+  Call call(heap, uint32_t(op), src, nullptr, rows * row * heap->world);
+  if (call.rc) return call.rc;
+  Heap& h = *heap;
+  const Desc d{uint32_t(op), uint32_t(dtype), 0, call.staged, rows * cols, rows * h.world, cols, 0};
+  const int64_t c = call.staged ? std::max<int64_t>(rows, 1) : std::max<int64_t>(1, h.chunk / std::max<int64_t>(row, 1) / h.world);
+  return scatter(h, static_cast<const char*>(src), rows, c, row, d,
+                 [&](int64_t at, int64_t m, const void* const* from) { take(self, at, m, from); });
 }
 
 INTERLACE_API int interlace_barrier(Heap* heap) {

@@ -113,15 +113,16 @@ int wait_long(Heap& h, int q, uint32_t t, uint32_t op) {
 
 const char* op_name(uint32_t op) {
   static const char* names[] = {"barrier", "all_reduce", "all_gather", "reduce_scatter", "all_to_all",
-                                "dispatch", "combine", "gemm_ar", "gemm_rs", "ag_gemm"};
-  return op < 10 ? names[op] : "?";
+                                "dispatch", "combine", "gemm_ar", "gemm_rs", "ag_gemm", "rs_residual_norm"};
+  return op <= RS_RESIDUAL_NORM ? names[op] : "?";
 }
 
 std::string describe(const Desc& d) {
   static const char* types[] = {"float64", "float32", "bfloat16", "float16", "int64", "int32"};
   std::string s = std::string(op_name(d.op)) + "(";
   if (d.op == ALL_REDUCE) s += d.red ? "max, " : "sum, ";
-  if (d.op >= GEMM_AR) s += std::to_string(d.rows) + " rows of " + std::to_string(d.cols) + ", K " + std::to_string(d.inner) + ", ";
+  if (d.op >= GEMM_AR) s += std::to_string(d.rows) + " rows of " + std::to_string(d.cols) + ", ";
+  if (d.op >= GEMM_AR && d.op <= AG_GEMM) s += "K " + std::to_string(d.inner) + ", ";
   s += std::to_string(d.numel) + (d.dtype < 6 ? std::string(" x ") + types[d.dtype]
                                               : " elements of " + std::to_string(d.dtype - 6) + " bytes");
   if (d.op == DISPATCH || d.op == COMBINE) s += " a row, " + std::to_string(d.red) + " tokens at most";

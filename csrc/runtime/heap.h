@@ -56,7 +56,7 @@ struct alignas(128) Line {
 static_assert(sizeof(Line) == 128 && std::atomic<uint32_t>::is_always_lock_free);
 
 enum State : uint32_t { OPEN = 0, CLOSED = 1, BROKEN = 2 };
-enum Op : uint32_t { BARRIER, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, DISPATCH, COMBINE, GEMM_AR, GEMM_RS, AG_GEMM };
+enum Op : uint32_t { BARRIER, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, DISPATCH, COMBINE, GEMM_AR, GEMM_RS, AG_GEMM, RS_RESIDUAL_NORM };
 enum Step : int64_t { WRITE, DESCRIBE, SIGNAL, WAIT, COMPARE, READ };  // the table of them: kernels/comm/protocol.py
 enum Code { OK = 0, MISMATCH = 1, TIMEOUT = 2, DIED = 3, INTERRUPTED = 4, UNUSABLE = 5, SYSTEM = 6, NO_SPACE = 7, BUSY = 8 };
 

@@ -31,7 +31,7 @@ __all__ = ["CODES", "CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHe
 # Codes of the sums in csrc/runtime/heap.h; other types travel as bytes, as code 6 + itemsize.
 CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.int32: 5}
 OPS = ("barrier", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "dispatch", "combine", "gemm_ar", "gemm_rs",
-       "ag_gemm")                                                     # enum Op of csrc/runtime/heap.h
+       "ag_gemm", "rs_residual_norm")                                 # enum Op of csrc/runtime/heap.h
 SHM = "/dev/shm"
 
 
@@ -100,7 +100,7 @@ def _load() -> tuple[Any, str]:
         ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, n, n, i)), ("record", None, (i,)),
         ("spans", n, (ctypes.POINTER(Span), n, ctypes.POINTER(n))),
         ("dispatch", i, (p, p, p, p, p, p, n, n, n, n, n, n, n, i)), ("combine", i, (p, p, p, p, p, p, n, n, n, n, n, i)),
-        ("heap_as", None, (p, i, n, n, n)),
+        ("heap_as", None, (p, i, n, n, n)), ("scatter_rows", i, (p, i, p, n, n, i, p, p)),
         ("walk_begin", i, (p, i, n, n, n, i)), ("walk_place", p, (p,)), ("walk_signal", None, (p,)), ("walk_wait", i, (p,)),
         ("walk_peer", p, (p, i)), ("walk_sum", None, (p, p, n, n, i)), ("walk_end", None, (p, i)),
     ):

@@ -3,20 +3,28 @@
 Shapes    partial [S, ..., D]    residual, h, y [S/t, ..., D]    weight, bias [D]
 Backward  g = d(norm)/dh * dy + dh;  dresidual = g;  dpartial = all_gather(g);  dweight, dbias are sums over this rank's rows
 Bytes     one reduce-scatter of S * D * itemsize, then 4 S/t D * itemsize in the norm     FLOPs  about 5 S/t D: bandwidth-bound
-Numerics  sum in rank order with fp32 accumulation, rounded once to the type; then as rms_norm and layer_norm
+Numerics  sum in rank order, residual added, both in fp32, h rounded once to the type; then as rms_norm and layer_norm
 Source    the residual stream of sequence parallelism, arXiv:2205.05198
+
+Over the heap of a CPU group a row is summed, joined by the residual and normalised in one visit (csrc/cpu/rs_residual_norm.cpp):
+the sum is never in memory by itself, 2 S/t D of traffic less. Else a reduce-scatter, rounded, then add_rms_norm or add_layer_norm.
 """
+import ctypes
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from ..dispatch import fused
+from ..dispatch import CPP, fused
 from ..layer_norm import add_layer_norm_ref
 from ..rms_norm import add_rms_norm_ref
 from . import overlap
-from .collectives import _gather, _reduce_scatter, reduce_scatter
+from .collectives import _gather, _heap, _reduce_scatter, reduce_scatter
+from .heap import CODES, LIB, OPS, SymmHeap
 from .registry import Group, group_size, register
 
 _OPS = torch.ops.interlace
+_WORLD = 64                                                           # the most ranks that csrc/cpu/rs_residual_norm.cpp takes
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -29,6 +37,35 @@ def rs_residual_norm_ref(partial: Tensor, residual: Tensor, weight: Tensor, eps:
 
 # ---- op -------------------------------------------------------------------------------------------------------
 
+if CPP and LIB is not None:
+    _p, _i, _n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    _in_one_visit = ctypes.CDLL(str(Path(__file__).parents[1] / "_cpu.so")).interlace_rs_residual_norm
+    _in_one_visit.restype, _in_one_visit.argtypes = _i, (_p, _p, _i, *[_p] * 8, _n, _n, ctypes.c_double, _i, _i)
+    _scatter_rows = ctypes.cast(LIB.interlace_scatter_rows, _p).value
+
+
+def _stat(x: Tensor, rows: int) -> Tensor:
+    return x.new_empty(rows, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _fits(heap: SymmHeap | None, partial: Tensor) -> bool:
+    """Whether rows go through the heap whole."""
+    row = partial.shape[-1] * partial.itemsize
+    return CPP and heap is not None and CODES.get(partial.dtype, 9) < 4 and 0 < row * heap.size <= heap.nbytes and heap.size <= _WORLD
+
+
+def _over_heap(heap: SymmHeap, partial: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None,
+               eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    partial, D = partial.contiguous(), partial.shape[-1]
+    rows = residual.numel() // D
+    h, y, rstd = torch.empty_like(residual), torch.empty_like(residual), _stat(residual, rows)
+    mean = _stat(residual, 0 if bias is None else rows)
+    if rc := _in_one_visit(_scatter_rows, heap.handle, OPS.index("rs_residual_norm"), partial.data_ptr(), residual.data_ptr(),
+                           weight.data_ptr(), None if bias is None else bias.data_ptr(), h.data_ptr(), y.data_ptr(), mean.data_ptr(),
+                           rstd.data_ptr(), rows, D, eps, CODES[partial.dtype], heap.size):
+        heap.fail(rc)
+    return h, y, mean, rstd
+
 
 def _run(partial: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
          group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -36,6 +73,9 @@ def _run(partial: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None,
     residual, weight, bias = residual.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     if (done := overlap.scattered_norm(partial, residual, weight, bias, eps, group)) is not None:
         return done
+    heap = _heap(partial, group)
+    if _fits(heap, partial):
+        return _over_heap(heap, partial, residual, weight, bias, eps)  # type: ignore[arg-type]
     x = _reduce_scatter(partial, group)
     if bias is None:
         h, y, rstd = _OPS.add_rms_norm_fwd(x, residual, weight, eps)
@@ -45,10 +85,9 @@ def _run(partial: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None,
 
 def _fake(partial: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
           world: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if partial.dtype == torch.float64 else torch.float32
     rows = residual.shape[:-1].numel()
-    mean, rstd = (partial.new_empty(n, dtype=dtype) for n in (0 if bias is None else rows, rows))
-    return partial.new_empty(residual.shape), partial.new_empty(residual.shape), mean, rstd
+    return (partial.new_empty(residual.shape), partial.new_empty(residual.shape), _stat(residual, 0 if bias is None else rows),
+            _stat(residual, rows))
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------
