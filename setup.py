@@ -169,8 +169,8 @@ class BuildExt(build_ext):
     def libraries(tier: str) -> list[str]:
         if tier == "runtime":
             return ["-pthread"]
-        lib = find_torch() / "lib"
-        return [f"-L{lib}", "-ltorch_cpu", "-pthread"] if tier == "cpu" else [f"-L{lib}", "-ltorch_cuda", "-ltorch_cpu", "-Xcompiler", "-pthread"]
+        lib = f"-L{find_torch() / 'lib'}"
+        return [lib, "-ltorch_cpu", "-pthread"] if tier == "cpu" else [lib, "-ltorch_cuda", "-ltorch_cpu", "-Xcompiler", "-pthread"]
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"

@@ -105,7 +105,6 @@ template <class F> __device__ void each(const Call& c, int item, const F& f) {
 template <class T> __device__ uint4 load(const Call& c, int64_t at) {
   if (at + VECTOR <= c.bytes) return *reinterpret_cast<const uint4*>(c.x + at);
   uint4 v = {};
-#pragma unroll
   for (int i = 0; i < VECTOR; i += sizeof(T))
     if (at + i < c.bytes) reinterpret_cast<T*>(&v)[i / sizeof(T)] = *reinterpret_cast<const T*>(c.x + at + i);
   return v;
@@ -116,7 +115,6 @@ template <class T> __device__ void store(const Call& c, int64_t at, uint4 v) {
     *reinterpret_cast<uint4*>(c.y + at) = v;
     return;
   }
-#pragma unroll
   for (int i = 0; i < VECTOR; i += sizeof(T))
     if (at + i < c.bytes) *reinterpret_cast<T*>(c.y + at + i) = reinterpret_cast<const T*>(&v)[i / sizeof(T)];
 }
