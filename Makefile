@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install -q -c constraints.txt
 STAMP = .venv/.stamp
 
-.PHONY: setup train test test-all lint tree gpu-report bench clean
+.PHONY: setup train test test-all lint tree gpu-report cuda-build-check bench clean
 
 setup: $(STAMP)
 	@.venv/bin/python setup.py -q build_ext --inplace
@@ -35,10 +35,21 @@ tree:
 	@for f in kernels parallel models bench; do ln -sfn ../../../$$f build/tree/interlace/$$f; done
 	@for f in interlace/*.py interlace/py.typed; do ln -sfn ../../../$$f build/tree/interlace/; done
 
-# On a machine with one NVIDIA GPU and a CUDA torch: nothing is installed, csrc is built in place.
+# On a machine with one NVIDIA GPU and a CUDA torch: nothing is installed, csrc is built in place. PYTHONSAFEPATH (Python 3.11): else
+# -m puts this folder first, whose interlace/ is but the front door.
 gpu-report: tree
 	$(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=build/tree:$$PYTHONPATH $(PYTHON) -m interlace.bench.gpu_report --out $(or $(OUT),gpu-report) $(if $(PART),--part $(PART))
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/tree:$$PYTHONPATH $(PYTHON) -m interlace.bench.gpu_report --out $(or $(OUT),gpu-report) $(if $(PART),--part $(PART))
+
+# Needs nvcc of CUDA 13, no GPU. A venv of its own with the oldest pair of torch and Triton that is tested, a CUDA build of gigabytes.
+CUDA_VENV ?= build/cuda-venv
+cuda-build-check:
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install -q torch==2.11.0 triton==3.6.0 "setuptools>=77" numpy safetensors omegaconf rich
+	rm -rf build/obj/cuda build/lib*
+	@start=$$(date +%s); INTERLACE_BUILD=cuda $(CUDA_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall . \
+		&& echo "pip install . took $$(($$(date +%s) - start)) s"
+	$(CUDA_VENV)/bin/python tests/cuda_build_check.py
 
 bench: setup
 	.venv/bin/python -m pytest bench --benchmark-only

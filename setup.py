@@ -1,10 +1,12 @@
 """Maps the folders to interlace.<folder> and builds csrc/. Never imports torch: it may be absent, or the wrong one.
 
-Two shared libraries, each optional, neither a Python module (no CPython ABI, no pybind11):
+Three shared libraries, each optional, none a Python module (no CPython ABI, no pybind11):
     kernels/_runtime.so   csrc/runtime/*.cpp   shared memory and collectives, plain extern "C", called through ctypes
     kernels/_cpu.so       csrc/cpu/*.cpp       CPU ops on LibTorch's stable ABI (one binary for torch >= 2.10)
+    kernels/_cuda.so      csrc/cuda/*.cu       CUDA ops on the same ABI, where torch is a CUDA build and there is nvcc
 
-INTERLACE_BUILD  auto: build what can be built, say what cannot (default) | python: nothing | cpu: both, or fail
+INTERLACE_BUILD  auto: build what can be built, say what cannot (default) | python: nothing | cpu: the first two, or fail
+                 | cuda: all three, or fail
 INTERLACE_MARCH  -march of the C++ ops (default native: kernels/dispatch.py refuses them on a CPU that lacks its flags)
 """
 import importlib.util
@@ -32,6 +34,14 @@ FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno
          "-fvisibility=hidden", "-Wall"]
 
 
+# multimem, which csrc/cuda is there for, begins with 9.0; for 8.0 the same sources compile, and refuse when called.
+ARCHES = ("80", "90a", "100a")
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+INSTEAD = {"runtime": "torch.distributed", "cpu": "plain Python", "cuda": "Triton"}
+
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-DUSE_CUDA", TARGET]
+
+
 class Missing(Exception):
     """Why a tier cannot be built here."""
 
@@ -53,6 +63,24 @@ def find_torch() -> Path:
                   "`pip install --no-build-isolation .`")
 
 
+def find_nvcc(torch: Path) -> tuple[str, list[str]]:
+    """nvcc and the targets it knows; it must be of the CUDA that torch was built with, whose driver runs what it makes."""
+    built = re.search(r"^cuda\b.*= '(\d+)\.(\d+)", (torch / "version.py").read_text(), re.M)
+    if not built:
+        raise Missing(f"the CUDA ops need a CUDA build of torch, found a CPU build in {torch}")
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc")
+    ask = lambda word: subprocess.run([nvcc, word], capture_output=True, text=True).stdout        # noqa: E731
+    try:
+        version = re.search(r"release (\d+)\.(\d+)", ask("--version"))
+    except OSError:
+        raise Missing(f"the CUDA ops need nvcc of CUDA {built[1]}: {nvcc} is not there, nor is one on PATH, in CUDA_HOME or NVCC") from None
+    if not version or version[1] != built[1]:
+        found = f"CUDA {'.'.join(version.groups())}" if version else "an unknown version"
+        raise Missing(f"the CUDA ops need nvcc of CUDA {built[1]}, torch's own, found {found} in {nvcc}: set NVCC or CUDA_HOME")
+    known = ask("--list-gpu-arch").split()
+    return nvcc, [arch for arch in ARCHES if f"compute_{arch.rstrip('a')}" in known]
+
+
 def find_compiler() -> list[str]:
     """The command of the C++ compiler. $CXX may have arguments (ccache g++); one that is not there is not passed over."""
     wanted = shlex.split(os.environ.get("CXX", ""))
@@ -70,13 +98,14 @@ class BuildExt(build_ext):
         for ext in self.extensions:
             tier = ext.name.rsplit("._", 1)[1]
             try:
-                if MODE == "python":
-                    raise Missing("INTERLACE_BUILD=python")
-                self.build_one(ext, tier)
-                self.info[tier] = {"built": True, "why": "built"}
+                if MODE == "python" or (MODE, tier) == ("cpu", "cuda"):
+                    raise Missing(f"INTERLACE_BUILD={MODE}")
+                more = self.build_one(ext, tier)
+                self.info[tier] = {"built": True, "why": "built", **more}
             except Missing as e:
-                if MODE == "cpu":
-                    raise SystemExit(f"interlace build: INTERLACE_BUILD=cpu must build both libraries, got: {e}") from None
+                if MODE == "cuda" or (MODE == "cpu" and tier != "cuda"):
+                    what = "all three libraries" if MODE == "cuda" else "runtime and cpu"
+                    raise SystemExit(f"interlace build: INTERLACE_BUILD={MODE} must build {what}, got: {tier}: {e}") from None
                 self.info[tier] = {"built": False, "why": str(e)}
                 Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         out = Path(self.get_ext_fullpath("interlace.kernels._cpu")).parent / "_build.json"
@@ -84,36 +113,27 @@ class BuildExt(build_ext):
         out.write_text(json.dumps(self.info, indent=1))
         for tier, state in self.info.items():
             if isinstance(state, dict):
-                text = "built" if state["built"] else f"not built, plain Python takes its place: {state['why']}"
+                text = "built" if state["built"] else f"not built, {INSTEAD[tier]} takes its place: {state['why']}"
                 print(f"interlace build: {tier}: {text}", file=sys.stderr, flush=True)
 
-    def build_one(self, ext: Extension, tier: str) -> None:
-        cxx = find_compiler()
-        flags, link = [*FLAGS], []
-        if tier == "cpu":
-            torch = find_torch()
-            march = os.environ.get("INTERLACE_MARCH", "native")
-            flags += [f"-march={march}", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch / "include")]
-            link = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
-            self.info["cpu_flags"] = cpu_flags(cxx, flags)
-        elif sys.platform == "darwin":
-            raise Missing("the shared-memory heap needs Linux: collectives go through torch.distributed")
+    def build_one(self, ext: Extension, tier: str) -> dict:
+        compiler, link, more = self.tools(tier)
         target = Path(self.get_ext_fullpath(ext.name))
         objects = ROOT / "build" / "obj" / tier
         objects.mkdir(parents=True, exist_ok=True)
         stamp = objects / "flags"
-        command = shlex.join([*cxx, *flags, *self.info.get("cpu_flags", [])])     # -march=native differs between machines
+        command = shlex.join([*compiler, *self.info.get("cpu_flags", [])])        # -march=native differs between machines
         fresh = stamp.exists() and stamp.read_text() == command
         if not fresh:
             stamp.unlink(missing_ok=True)
-        headers = [*Path("csrc").rglob("*.h"), Path("setup.py")]
+        headers = [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh"), Path("setup.py")]
 
         def compile_one(source: str) -> tuple[Path, subprocess.CompletedProcess | None]:
             obj = objects / (Path(source).stem + ".o")
             newest = max(f.stat().st_mtime for f in [Path(source), *headers])
             if fresh and obj.exists() and obj.stat().st_mtime > newest:
                 return obj, None
-            return obj, subprocess.run([*cxx, *flags, "-c", source, "-o", str(obj)], capture_output=True, text=True)
+            return obj, subprocess.run([*compiler, "-c", source, "-o", str(obj)], capture_output=True, text=True)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             done = list(pool.map(compile_one, ext.sources))
@@ -121,10 +141,36 @@ class BuildExt(build_ext):
         stamp.write_text(command)
         target.parent.mkdir(parents=True, exist_ok=True)
         new = target.with_suffix(".new")
-        linked = subprocess.run([*cxx, "-shared", "-o", str(new), *(str(o) for o, _ in done), *link, "-pthread"],
+        linked = subprocess.run([*link, "-shared", "-o", str(new), *(str(o) for o, _ in done), *self.libraries(tier)],
                                 capture_output=True, text=True)
         check([(target, linked)])
         new.replace(target)                                           # a running process keeps the old library
+        return more
+
+    def tools(self, tier: str) -> tuple[list[str], list[str], dict]:
+        """The compiler with its flags, the linker, and what _build.json tells of them."""
+        cxx = find_compiler()
+        if tier == "cuda":
+            nvcc, arches = find_nvcc(find_torch())
+            tools = [nvcc, *(["-ccbin", cxx[0]] if os.environ.get("CXX") else [])]
+            targets = [f for a in arches for f in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+            flags = [*NVCC_FLAGS, *targets, "--threads", str(os.cpu_count()), "-isystem", str(find_torch() / "include")]
+            return [*tools, *flags], tools, {"arches": [f"sm_{a}" for a in arches]}
+        flags = list(FLAGS)
+        if tier == "cpu":
+            march = os.environ.get("INTERLACE_MARCH", "native")
+            flags += [f"-march={march}", TARGET, "-isystem", str(find_torch() / "include")]
+            self.info["cpu_flags"] = cpu_flags(cxx, flags)
+        elif sys.platform == "darwin":
+            raise Missing("the shared-memory heap needs Linux: collectives go through torch.distributed")
+        return [*cxx, *flags], cxx, {}
+
+    @staticmethod
+    def libraries(tier: str) -> list[str]:
+        if tier == "runtime":
+            return ["-pthread"]
+        lib = f"-L{find_torch() / 'lib'}"
+        return [lib, "-ltorch_cpu", "-pthread"] if tier == "cpu" else [lib, "-ltorch_cuda", "-ltorch_cpu", "-Xcompiler", "-pthread"]
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -146,7 +192,7 @@ def cpu_flags(cxx: list[str], flags: list[str]) -> list[str]:
 
 
 def extension(name: str, folder: str) -> list[Extension]:
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).glob("*.cpp"))
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).glob("*.cu" if "cuda" in name else "*.cpp"))
     return [Extension(name, sources)] if sources else []
 
 
@@ -155,8 +201,8 @@ class BinaryDistribution(Distribution):
         return True
 
 
-if MODE not in ("auto", "python", "cpu"):
-    raise SystemExit(f"interlace build: INTERLACE_BUILD must be auto, python or cpu, got {MODE!r}")
+if MODE not in ("auto", "python", "cpu", "cuda"):
+    raise SystemExit(f"interlace build: INTERLACE_BUILD must be auto, python, cpu or cuda, got {MODE!r}")
 if int(setuptools.__version__.split(".")[0]) < 77:                   # the first that reads this pyproject.toml
     raise SystemExit(f"interlace build: setuptools must be >= 77, found {setuptools.__version__}: pip install -U setuptools, "
                      "or leave out --no-build-isolation")
@@ -164,7 +210,7 @@ setup(
     packages=["interlace", *(f"interlace.{p}" for f in FOLDERS for p in (f, *(f"{f}.{s}" for s in find_packages(f))))],
     package_dir={"interlace": "interlace", **{f"interlace.{f}": f for f in FOLDERS}},
     package_data={"": ["py.typed"], "interlace.kernels": ["_build.json"]},
-    ext_modules=extension("interlace.kernels._runtime", "csrc/runtime") + extension("interlace.kernels._cpu", "csrc/cpu"),
+    ext_modules=[e for tier in INSTEAD for e in extension(f"interlace.kernels._{tier}", f"csrc/{tier}")],
     cmdclass={"build_ext": BuildExt},
     distclass=BinaryDistribution,
 )

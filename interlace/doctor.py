@@ -159,21 +159,25 @@ def _kernels_folder() -> Path:
 
 
 def _tiers(r: _Report, folder: Path, dispatch: Any, heard: list[str]) -> None:
-    """Pure Python, the shared-memory runtime and the C++ ops: built, loaded, why not."""
+    """Pure Python, the shared-memory runtime, the C++ and the CUDA ops: built, loaded, why not."""
     try:
         built = json.loads((folder / "_build.json").read_text())
     except (OSError, ValueError):
         built = {}
     tiers: dict[str, Any] = {"python": {"built": True, "loads": True, "why": "always there"}}
-    for tier, names in (("runtime", "shared-memory collectives"), ("cpu", "C++ ops")):
+    for tier, names in (("runtime", "shared-memory collectives"), ("cpu", "C++ ops"), ("cuda", "CUDA ops")):
         path = folder / f"_{tier}.so"
         why = built.get(tier, {}).get("why", "not built")
         if not path.exists():
             why = "the library is gone" if why == "built" else why
             tiers[tier] = {"built": False, "loads": False, "why": why}
+            if tier == "cuda" and not _cuda_torch():                  # nobody can want them here
+                continue
             r.note(f"the {names} are not built: {why}", "apt-get install -y g++ && " + REBUILD if "compiler" in why else REBUILD)
             continue
         loads, reason = _loads(tier, path, dispatch, heard)
+        if loads and (arches := built.get(tier, {}).get("arches")):
+            reason += f", built for {' '.join(arches)}"
         tiers[tier] = {"built": True, "loads": loads, "why": reason}
         if loads is False:
             r.note(f"the {names} are built and not used: {reason}", REBUILD)
@@ -190,12 +194,19 @@ def _loads(tier: str, path: Path, dispatch: Any, heard: list[str]) -> tuple[bool
         return True, "loads"
     if dispatch is None:
         return None, "needs torch"
-    if dispatch.CPP:
+    if dispatch.CPP if tier == "cpu" else dispatch.CUDA:
         return True, "loads"
+    if tier == "cuda" and not _cuda_torch():
+        return None, "torch is a CPU build"
     asked = environment(("TRITON_INTERPRET", "INTERLACE_KERNELS"))
     if not heard and asked:
         return None, "switched off by " + ", ".join(f"{k}={v}" for k, v in asked.items())
     return False, "; ".join(heard) or "it does not load"
+
+
+def _cuda_torch() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and getattr(torch.version, "cuda", None) is not None
 
 
 def _ops(torch: Any, dispatch: Any) -> dict[str, dict[str, str]]:
@@ -209,6 +220,8 @@ def _ops(torch: Any, dispatch: Any) -> dict[str, dict[str, str]]:
         cpu = "reference" if plain or not has(op, "CPU") else "triton, interpreted" if dispatch.INTERPRET else "C++"
         table[op] = {"cpu": cpu, "cuda": "triton" if triton and has(op, "CUDA") and not plain else "reference",
                      "interpreter": "triton" if triton else "none"}
+        if op in dispatch.CUDA_ONLY:
+            table[op] = {"cpu": "none", "cuda": "CUDA C++" if dispatch.CUDA else "none: not built", "interpreter": "none"}
     from .kernels.comm.heap import LIB, WHY_NOT
     shared = "shared memory" if LIB is not None else f"torch.distributed ({WHY_NOT})"
     for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):

@@ -34,17 +34,18 @@ except ImportError:                                                   # no wheel
 
     triton = tl = _Absent()
 
-__all__ = ["CPP", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "not_built", "row_warps", "tl",
-           "traced", "triton", "tune_malloc"]
+__all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "not_built",
+           "row_warps", "tl", "traced", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
 _HERE = Path(__file__).parent
 LIB = torch.library.Library("interlace", "DEF")
+CUDA_ONLY: list[str] = []                                             # the ops that csrc/cuda alone computes
 
 
 def build_info() -> dict[str, Any]:
-    """What setup.py built and why not the rest: {"runtime"|"cpu": {"built": bool, "why": str}, "cpu_flags": [...]}."""
+    """What setup.py built and why not the rest: {"runtime"|"cpu"|"cuda": {"built": bool, "why": str}, "cpu_flags": [...]}."""
     path = _HERE / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -69,10 +70,20 @@ def _load_cpp() -> bool:
         warnings.warn(f"interlace: C++ ops were built for a CPU with {', '.join(missing)}, which this one lacks: "
                       "using the references; rebuild with `pip install --no-build-isolation .`", stacklevel=2)
         return False
+    return _load(path, "C++", "the references")
+
+
+def _load_cuda() -> bool:
+    """Load the ops of csrc/cuda, which need a CUDA build of torch; no GPU yet."""
+    path = _HERE / "_cuda.so"
+    return path.exists() and torch.version.cuda is not None and _load(path, "CUDA", "the Triton kernels")
+
+
+def _load(path: Path, what: str, instead: str) -> bool:
     try:
         torch.ops.load_library(str(path))
     except OSError as e:
-        warnings.warn(f"interlace: C++ ops do not load with torch {torch.__version__}, using the references: {e}", stacklevel=2)
+        warnings.warn(f"interlace: {what} ops do not load with torch {torch.__version__}, using {instead}: {e}", stacklevel=3)
         return False
     return True
 
@@ -85,15 +96,18 @@ def not_built() -> str:
 
 
 CPP = not INTERPRET and not _REFERENCE_ONLY and _load_cpp()
+CUDA = not INTERPRET and not _REFERENCE_ONLY and _load_cuda()
 
 
-def define(schema: str, launch: Callable, fake: Callable, everywhere: bool = False) -> None:
+def define(schema: str, launch: Callable | None, fake: Callable, everywhere: bool = False) -> None:
     """Declare op `interlace::<schema>`: its Triton launcher, and its fake for tracing. C++ adds the CPU side.
 
-    everywhere: launch serves every device (it asks for itself which path to take)."""
+    launch: None where csrc/cuda has it alone. everywhere: launch serves every device (it asks for itself which path to take)."""
     name = schema.split("(")[0]
     LIB.define(schema)
-    for key in ("CompositeExplicitAutograd",) if everywhere else ("CUDA", "CPU") if INTERPRET else ("CUDA",):
+    if launch is None:
+        CUDA_ONLY.append(name)
+    for key in () if launch is None else ("CompositeExplicitAutograd",) if everywhere else ("CUDA", "CPU") if INTERPRET else ("CUDA",):
         LIB.impl(name, launch, key)
     torch.library.register_fake(f"interlace::{name}", fake, lib=LIB)
 

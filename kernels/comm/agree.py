@@ -13,7 +13,7 @@ from torch import Tensor
 from ..dispatch import INTERPRET
 from .choose import Path, choose
 from .heap import CODES, CollectiveMismatch, SymmHeap, heap_of
-from .pad import pad_room
+from .pad import pad_multicast, pad_room
 from .registry import Group, group_size
 
 __all__ = ["agree", "check_device", "choose_path", "paths_taken"]
@@ -23,9 +23,10 @@ _taken: dict[tuple, Path] = {}
 
 
 @functools.cache
-def _choose(op: str, rows: int, cols: int, inner: int, dtype: torch.dtype, world: int, device: str, slot: int, whole: bool) -> Path:
+def _choose(op: str, rows: int, cols: int, inner: int, dtype: torch.dtype, world: int, device: str, slot: int, whole: bool,
+            multicast: bool = False) -> Path:
     """choose, once for each case of this process, and kept for `paths_taken`."""
-    path = choose(op, rows, cols, inner, dtype.itemsize, world, device, slot, whole)
+    path = choose(op, rows, cols, inner, dtype.itemsize, world, device, slot, whole, multicast)
     _taken[op, rows, cols, inner, dtype, world] = path
     return path
 
@@ -37,7 +38,7 @@ def choose_path(op: str, rows: int, cols: int, inner: int, x: Tensor, group: Gro
     if not x.is_cpu:
         check_device(op, x, group)
     if (INTERPRET or not x.is_cpu) and (room := pad_room(x, group)):
-        return _choose(op, rows, cols, inner, x.dtype, group_size(group), "cuda", room, whole), None
+        return _choose(op, rows, cols, inner, x.dtype, group_size(group), "cuda", room, whole, pad_multicast(x, group)), None
     heap = heap_of(group) if x.is_cpu and x.dtype in CODES else None
     world = heap.size if heap is not None else group_size(group)
     device = "cpu" if heap is not None else x.device.type

@@ -21,15 +21,18 @@ On CUDA, where the ranks reach each other's memory, `slot` is the room of a pad,
     two-shot kernel       max(t T_gemm, v b / B) + 2 T_tick + (W+2)/W b / H     all_reduce and gemm_ar, these two
     overlapped kernel     max(t T_gemm, v b / B) + T_tick + s b / H             s: (W+1)/W where rows are summed, else 0
     kernel, then GEMM     T_gemm + v b / B + T_tick                             ag_gemm that returns the gathered x
+    one-shot multicast    T_gemm + (W-1) b / B + T_tick + (W+1) b / H           where the pad has a multicast address and csrc/cuda is
+    two-shot multicast    T_gemm + (1 + 1/W) b / B + 2 T_tick + 4 b / H         built: all_reduce and gemm_ar, after torch's GEMM
 B: the link, H: the memory of the GPU, t: what a GEMM that overlaps may cost beside one that does not. B, t and the seconds of
-HOPPER are a model until measured.
+HOPPER are a model until measured, and so is that multicast moves at B.
 A device has the paths of PATHS, no other.
 """
 from dataclasses import dataclass
 
-__all__ = ["CPU", "HOPPER", "KERNELS", "PATHS", "Machine", "Path", "choose"]
+__all__ = ["CPU", "HOPPER", "KERNELS", "MULTICAST", "PATHS", "Machine", "Path", "choose"]
 
-KERNELS = ("one-shot kernel", "two-shot kernel", "overlapped kernel", "kernel, then GEMM")
+MULTICAST = ("one-shot multicast", "two-shot multicast")                # first: one store instead of W where the seconds are the same
+KERNELS = (*MULTICAST, "one-shot kernel", "two-shot kernel", "overlapped kernel", "kernel, then GEMM")
 PATHS = {"cpu": ("heap, walked", "heap, staged", "heap, copied", "torch.distributed"), "cuda": (*KERNELS, "torch.distributed")}
 ONE_SHOT, WIDEST_NORM = 1 << 20, 16384                                # bytes; elements of a row that one program can hold
 _WALKED, _STAGED = ("gemm_ar", "gemm_rs", "ag_gemm"), ("gemm_ar", "gemm_rs")
@@ -85,7 +88,7 @@ def _times(op: str, rows: int, cols: int, inner: int, itemsize: int, world: int,
     return times
 
 
-def _kernel_times(op: str, rows: int, cols: int, inner: int, itemsize: int, world: int, room: int, whole: bool,
+def _kernel_times(op: str, rows: int, cols: int, inner: int, itemsize: int, world: int, room: int, whole: bool, multicast: bool,
                   m: Machine) -> dict[str, float]:
     b, W = rows * cols * itemsize, world
     gemm = 2.0 * rows * cols * inner * (W if op == "ag_gemm" else 1) / m.flops
@@ -97,8 +100,12 @@ def _kernel_times(op: str, rows: int, cols: int, inner: int, itemsize: int, worl
     if sums:
         if b <= ONE_SHOT and 2 * W * b <= room:
             times["one-shot kernel"] = max(m.tax * gemm, (W - 1) * b / m.link) + m.tick + (W + 1) * b / m.bandwidth
+            if multicast:
+                times["one-shot multicast"] = gemm + (W - 1) * b / m.link + m.tick + (W + 1) * b / m.bandwidth
         if 4 * b <= room:
             times["two-shot kernel"] = max(m.tax * gemm, sent) + 2 * m.tick + (W + 2) / W * b / m.bandwidth
+            if multicast:
+                times["two-shot multicast"] = gemm + (1 + 1 / W) * b / m.link + 2 * m.tick + 4 * b / m.bandwidth
     elif 2 * b * (W if gathers else 1) <= room:
         if whole:
             times["kernel, then GEMM"] = gemm + sent + m.tick
@@ -107,7 +114,9 @@ def _kernel_times(op: str, rows: int, cols: int, inner: int, itemsize: int, worl
     return times
 
 
-_WHY = {"one-shot kernel": "parts go to all ranks, each sums them as they come",
+_WHY = {"one-shot multicast": "one store reaches all ranks, each sums what has come",
+        "two-shot multicast": "the switch sums what the ranks hold, one store brings the sum to all",
+        "one-shot kernel": "parts go to all ranks, each sums them as they come",
         "two-shot kernel": "parts go to the owner of a tile, sums from there to all, while the next tile is computed",
         "overlapped kernel": "tiles are sent and taken while others are computed",
         "kernel, then GEMM": "the gathered x is wanted too, in one piece",
@@ -117,12 +126,14 @@ _WHY = {"one-shot kernel": "parts go to all ranks, each sums them as they come",
 
 
 def choose(op: str, rows: int, cols: int, inner: int, itemsize: int, world: int, device: str = "cpu", slot: int = 0,
-           whole: bool = False, machine: Machine | None = None) -> Path:
-    """The cheapest path that exists on `device`; the first of PATHS on a tie. whole: ag_gemm returns the gathered x too."""
+           whole: bool = False, multicast: bool = False, machine: Machine | None = None) -> Path:
+    """The cheapest path that exists on `device`; the first of PATHS on a tie. whole: ag_gemm returns the gathered x too; multicast:
+    the ranks' memory has a multicast address, and csrc/cuda is built."""
     machine = machine or (HOPPER if device == "cuda" else CPU)
     if world == 1:
         return Path("one rank", 2.0 * rows * cols * inner / machine.flops, "nothing is communicated")
-    times = (_kernel_times if device == "cuda" else _times)(op, rows, cols, inner, itemsize, world, slot, whole, machine)
+    sizes = op, rows, cols, inner, itemsize, world, slot, whole
+    times = _kernel_times(*sizes, multicast, machine) if device == "cuda" else _times(*sizes, machine)
     order = [name for name in PATHS.get(device, ("torch.distributed",)) if name in times]
     name = min(order, key=times.__getitem__)
     why = _WHY.get(name) or ("these ranks share no memory" if not slot else "no kernel here takes it" if len(order) == 1

@@ -1,4 +1,4 @@
-"""The Triton kernels behind the public ops: which pad, which kernel. The ops ask here for tensors that `choose_path` gave one of KERNELS.
+"""The kernels behind the public ops: which pad, which kernel. The ops ask here for tensors that `choose_path` gave one of KERNELS.
 
     CUDA tensors over symmetric memory, and CPU tensors under TRITON_INTERPRET=1; fp32, bf16 and fp16
 """
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..dispatch import INTERPRET
-from . import triton_ag, triton_ar, triton_rs
+from . import multicast_ar, triton_ag, triton_ar, triton_rs
 from .agree import choose_path
-from .choose import KERNELS, Path
+from .choose import KERNELS, MULTICAST, Path
+from .gemm import gemm
 from .heap import SymmHeap
 from .pad import Pad, pad_of
 from .registry import Group, group_size
@@ -38,7 +39,12 @@ def _width(n: int, last: int) -> int:
 
 def summed(op: str, x: Tensor, w: Tensor | None, path: Path, group: Group) -> Tensor:
     """all_reduce(x), or of x @ w.T."""
-    x, two_shot = x.contiguous(), path.name == "two-shot kernel"
+    x, two_shot = x.contiguous(), path.name.startswith("two-shot")
+    if path.name in MULTICAST:
+        if w is not None:
+            x = gemm(x, w.t())
+        pad = _pad(op, multicast_ar.needs(x, group_size(group), two_shot), x, group)
+        return multicast_ar.launch(pad, x, x if w is not None else None, two_shot=two_shot)
     return triton_ar.launch(_pad(op, triton_ar.needs(x, w, group_size(group), two_shot), x, group), x, w, two_shot=two_shot)
 
 

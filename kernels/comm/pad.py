@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..dispatch import INTERPRET
+from ..dispatch import CUDA, INTERPRET
 from .heap import CollectiveMismatch, SymmHeap, _exchange, _host, heap_of
 
-__all__ = ["OPS", "Pad", "pad_of", "pad_room"]
+__all__ = ["OPS", "Pad", "pad_multicast", "pad_of", "pad_room"]
 
 OPS = ("all_reduce", "gemm_ar", "all_gather", "ag_gemm", "reduce_scatter", "gemm_rs", "rs_residual_norm")
 COUNTERS = 1 << 16
@@ -226,6 +226,7 @@ def pad_of(group: dist.ProcessGroup, op: str, nbytes: int, flags: int, device: t
 
 
 _rooms: dict[tuple[int, str], int] = {}
+_multicast: set[tuple[int, str]] = set()
 
 
 def pad_room(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> int:
@@ -237,18 +238,30 @@ def pad_room(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> int:
         group = group.group
     key = (id(group), x.device.type)
     if key not in _rooms:
-        _rooms[key] = ROOM if (heap_of(group) is not None if x.is_cpu else _symmetric(group, x.device)) else 0
+        works, multicast = (heap_of(group) is not None, False) if x.is_cpu else _symmetric(group, x.device)
+        _rooms[key] = ROOM if works else 0
         weakref.finalize(group, _rooms.pop, key, None)
+        if multicast:
+            _multicast.add(key)
+            weakref.finalize(group, _multicast.discard, key)
     return _rooms[key]
 
 
-def _symmetric(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether all ranks of the group can map each other's GPU memory: one host, NVLink or peer access. Collective."""
+def pad_multicast(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> bool:
+    """Whether multicast_ar serves pads over `group`: they have a multicast address, and csrc/cuda is built, on every rank. After
+    pad_room, which asks."""
+    return (id(group.group if isinstance(group, SymmHeap) else group), x.device.type) in _multicast
+
+
+def _symmetric(group: dist.ProcessGroup, device: torch.device) -> tuple[bool, bool]:
+    """Whether all ranks of the group can map each other's GPU memory: one host, NVLink or peer access; and whether multicast_ar can
+    use it. Collective."""
     if dist.get_world_size(group) == 1 or len(set(_exchange(_host(), group))) > 1:
-        return False
+        return False, False
     try:
-        Pad(group, "all_reduce", 256, 1, device)
-        works = True
+        pad = Pad(group, "all_reduce", 256, 1, device)
+        mine = True, CUDA and pad.multicast != 0
     except (RuntimeError, OSError, ImportError):                      # no peer access, no driver support, a torch without it
-        works = False
-    return all(_exchange(works, group))
+        mine = False, False
+    every = _exchange(mine, group)
+    return all(works for works, _ in every), all(multicast for _, multicast in every)

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 from ..dispatch import tl  # noqa: F401  (the interpreter looks for it beside what it runs)
 
-__all__ = ["TABLES", "Control", "Step", "gather", "heap", "one_shot", "scatter", "two_shot"]
+__all__ = ["TABLES", "Control", "Step", "gather", "heap", "multicast", "one_shot", "scatter", "two_shot"]
 
 
 @dataclass(frozen=True)
@@ -115,18 +115,19 @@ def blocks_of(rows, world, block):
 # ---- pieces ---------------------------------------------------------------------------------------------------
 
 
-def _send(rank: int, to: list[int], epoch: int, c: Control, *, area: str, slot: int, word: int, source: int | str, item: int) -> list[Step]:
-    """Write to every rank of `to`, one barrier, signal every one of them."""
+def _send(rank: int, to: list[int], epoch: int, c: Control, *, area: str, slot: int, word: int, source: int | str, item: int,
+          home: bool = False) -> list[Step]:
+    """Write to every rank of `to`, one barrier, signal every one of them. home: write to this rank alone, they come and read."""
     b = buffer_of(epoch, c.buffers)
-    return [*(Step("write", q, area, b, slot, source, item) for q in to), *([Step("barrier")] if c.barrier else []),
+    return [*(Step("write", q, area, b, slot, source, item) for q in ([rank] if home else to)), *([Step("barrier")] if c.barrier else []),
             *(Step("signal", q, slot=word, ordered=c.ordered) for q in to)]
 
 
-def _sum(rank: int, world: int, epoch: int, c: Control, item: int, slots: list[int], flags: int) -> list[Step]:
-    """Wait for the parts of all ranks, then read them in rank order."""
+def _sum(rank: int, world: int, epoch: int, c: Control, item: int, slots: list[int], flags: int, home: bool = False) -> list[Step]:
+    """Wait for the parts of all ranks, then read them in rank order. home: each at its own rank."""
     b = buffer_of(epoch, c.buffers)
     return [*(Step("wait", rank, slot=flag_word(0, s, item, world, flags), source=s, item=item, ordered=c.ordered) for s in range(world)),
-            *(Step("read", rank, "part", b, slots[s], s, item) for s in range(world))]
+            *(Step("read", s if home else rank, "part", b, slots[s], s, item) for s in range(world))]
 
 
 def _finish(kernel: list[list[Step]]) -> list[Program]:
@@ -157,19 +158,20 @@ def one_shot(rank: int, world: int, epoch: int, items: int, programs: int = 1, c
     return [_finish(kernel)]
 
 
-def two_shot(rank: int, world: int, epoch: int, items: int, programs: int = 1, c: Control = FULL) -> Call:
+def two_shot(rank: int, world: int, epoch: int, items: int, programs: int = 1, c: Control = FULL, home: bool = False) -> Call:
     """all_reduce, gemm_ar: an item's parts go to its owner, who sends the sum to all. Program p: item k out, item k - 1 summed where
-    owned, item k - 2 taken in (an owner takes its own in from its own "sum" area too)."""
+    owned, item k - 2 taken in (an owner takes its own in from its own "sum" area too). home: parts stay where they are made."""
+    slot = lambda source, item: item if home else owned_slot(source, item, items, world)              # noqa: E731
     kernel = []
     for p in range(programs):
         steps: list[Step] = []
         mine = list(range(p, items, programs))
         for k in range(len(mine) + 2):
             if k < len(mine):
-                steps += _send(rank, [owner_of(mine[k], world)], epoch, c, area="part", slot=owned_slot(rank, mine[k], items, world),
-                               word=flag_word(0, rank, mine[k], world, items), source=rank, item=mine[k])
+                steps += _send(rank, [owner_of(mine[k], world)], epoch, c, area="part", slot=slot(rank, mine[k]),
+                               word=flag_word(0, rank, mine[k], world, items), source=rank, item=mine[k], home=home)
             if 1 <= k <= len(mine) and owner_of(item := mine[k - 1], world) == rank:
-                steps += _sum(rank, world, epoch, c, item, [owned_slot(s, item, items, world) for s in range(world)], items)
+                steps += _sum(rank, world, epoch, c, item, [slot(s, item) for s in range(world)], items, home)
                 steps += _send(rank, _ring(rank, world), epoch, c, area="sum", slot=item, word=flag_word(1, rank, item, world, items),
                                source="sum", item=item)
             if k >= 2:
@@ -179,6 +181,11 @@ def two_shot(rank: int, world: int, epoch: int, items: int, programs: int = 1, c
                           Step("read", rank, "sum", b, item, "sum", item)]
         kernel.append(steps)
     return [_finish(kernel)]
+
+
+def multicast(rank: int, world: int, epoch: int, items: int, programs: int = 1, c: Control = FULL) -> Call:
+    """multicast_ar (csrc/cuda): two_shot whose parts stay at home: the owner reads those of all ranks in one load, through the switch."""
+    return two_shot(rank, world, epoch, items, programs, c, home=True)
 
 
 def gather(rank: int, world: int, epoch: int, items: int, pushers: int = 1, programs: int = 1, c: Control = FULL) -> Call:
@@ -240,4 +247,4 @@ def heap(rank: int, world: int, epoch: int, buffers: int = 2, agreed: bool = Tru
               *(Step("read", q, "part", b, 0, q, 0) for q in others if agreed))]]
 
 
-TABLES = {"one_shot": one_shot, "two_shot": two_shot, "gather": gather, "scatter": scatter}
+TABLES = {"one_shot": one_shot, "two_shot": two_shot, "gather": gather, "scatter": scatter, "multicast": multicast}
