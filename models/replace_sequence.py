@@ -83,17 +83,27 @@ class Gathering(_InRegion):
         return super().forward(*args, **kwargs)                       # type: ignore[misc]
 
 
+def _refuse_parts(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """What transformers records inside the layers is of this rank's tokens: a loss over it would be wrong, and nobody would know."""
+    config = getattr(module, "config", None)
+    for name in ("output_hidden_states", "output_router_logits"):
+        given = kwargs.get(name)
+        if given or (given is None and getattr(config, name, False)):
+            raise ValueError(f"sequence_parallel: {name} must be unset, got {given or True}; the layers hold parts of the tokens: "
+                             "replace_ without sequence_parallel to record them")
+
+
 def split_sequence(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Module]], tp: Axis) -> None:
     """Turn the layers that a plan splits over features into layers over tokens, or add to its problems why not."""
     names = {id(m): n for n, m in chosen}
     if any("_interlace_region" in vars(m) for _, m in chosen):
         return                                                        # replaced before
-    lists = [(names[id(m)], m) for _, m in chosen if isinstance(m, nn.ModuleList) and _decoder(out, names, m)]
+    lists = [m for _, m in chosen if isinstance(m, nn.ModuleList) and _decoder(out, names, m)]
     if len(lists) != 1:
         out.problems.append(f"sequence_parallel=True needs one list of decoder layers whose attention is split over tp, got {len(lists)}"
                             + _whole_attention(out) + "; leave sequence_parallel out")
         return
-    (_, layers), before = lists[0], len(out.problems)
+    layers, before = lists[0], len(out.problems)
     region, silent = Region(tp), replace(tp, group=None)              # columns: the gather before them sums their dx
     for layer in layers:
         _check_layer(out, names, layer)
@@ -111,8 +121,10 @@ def split_sequence(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Modul
     for layer in (layers[0], layers[-1]):
         out.splits[names[id(layer)]] = layer, Split("sequence", wraps=wraps[id(layer)], attributes={"_interlace_region": region})
     _sum_the_rest(out, layers)
-    out.notes.append("sequence_parallel: hidden states of the layers between are this rank's tokens, also in output_hidden_states; "
-                     "dropout between layers draws its own masks on each rank")
+    decoder = names[id(layers)].rpartition(".")[0]
+    out.splits[decoder] = model.get_submodule(decoder), Split("sequence", watch=_refuse_parts)
+    if any(isinstance(m, nn.Dropout) and m.p for m in layers.modules()):
+        out.notes.append("sequence_parallel: dropout in the layers draws other masks than on one rank")
 
 
 def _decoder(out: Plan, names: dict[int, str], m: nn.ModuleList) -> bool:

@@ -46,8 +46,10 @@ class Split:
     pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)   # its own parameters that are split, without a new layer
     complete: Callable[[Any], None] | None = None                     # what completes the gradients of `pieces`, and marks them
     wraps: tuple[type, ...] = ()                                      # classes put in front of the module's own
+    watch: Callable[..., None] | None = None                          # called with what its forward gets: raises
     original: type = nn.Module
     before: dict[str, Any] = field(default_factory=dict)
+    hook: Any = None
 
 
 @dataclass
@@ -125,6 +127,8 @@ def _split(module: Any, how: Split, layer: nn.Module | None, tp: Axis) -> None:
         (how.complete or partial(complete_gradient, tp=tp))(p)
     for wrap in how.wraps:
         module.__class__ = _in_front(wrap, type(module))
+    if how.watch is not None:
+        how.hook = module.register_forward_pre_hook(how.watch, with_kwargs=True)
     how.before = {k: vars(module).get(k, MISSING) for k in new}
     vars(module).update(new)
     module._interlace_split = how
@@ -167,6 +171,8 @@ def _whole(module: Any, tp: Axis) -> None:
             p.grad = grad
             _forget(p)
     module.__class__ = how.original
+    if how.hook is not None:
+        how.hook.remove()
     for k, v in how.before.items():
         if v is MISSING:
             del vars(module)[k]
