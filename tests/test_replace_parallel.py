@@ -225,7 +225,7 @@ def _checkpointing(rank):
         interlace.replace_(model, m, sequence_parallel=True)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         got = step(model, batch)
-        close({"logits": got["logits"], "loss": got["loss"]} | whole_gradients(model, m), want)
+        close({"logits": got["logits"], "loss": got["loss"]} | whole_gradients(model, m), want, 2e-4)
 
 
 def test_gradient_checkpointing_with_sequence_parallelism():
