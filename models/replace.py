@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..parallel.errors import nearest, raise_problems
 from ..parallel.mesh import Axis, Mesh
 from .replace_kernels import CausalLoss, Change, Fused, fused_class, implementation, recognise, recognise_loss, use
-from .replace_layers import gather, make_plan, split_all, whole_all
 from .replace_layers import Plan as _Plan
+from .replace_layers import gather, make_plan, split_all, whole_all
 from .replace_report import Report, Row, Verification
 
 __all__ = ["replace_", "restore_", "use", "verify"]
@@ -187,7 +187,7 @@ def _sharding(name: str, module: nn.Module, row: Row | None, layers: _Plan) -> R
     if name in layers.left:
         old = row or Row(name, type(module).__name__)
         return replace(old, why=f"{old.why}; {layers.left[name]}" if old.why else layers.left[name])
-    if name not in layers.splits:
+    if name not in layers.splits or layers.splits[name][1].watch is not None:
         return row
     how = layers.splits[name][1]
     kernel = {"column": "copy_gemm", "gather": "copy_gemm", "row": "gemm_ar", "experts": "dispatch, combine"}.get(how.style, "")

@@ -1,7 +1,7 @@
 """Sequence parallelism of a foreign decoder: between its layers each rank of tp holds its part of the tokens.
 
     embedding -> h [B, S, D], equal on all ranks
-    first layer of the list      scatter: [1, n, D]               n = ceil(B S / t) tokens of the flattened batch a rank (parallel/foreign.py)
+    first layer of the list      scatter: [1, n, D]               n = ceil(B S / t) tokens of the flattened batch a rank
       norms, residuals, router   on this rank's tokens; their gradients are summed over tp in the backward
       attention, MLP             all-gather before, products without communication, reduce-scatter after their row layer
       experts                    on this rank's tokens: no gather at all
@@ -129,9 +129,8 @@ def split_sequence(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Modul
 
 def _decoder(out: Plan, names: dict[int, str], m: nn.ModuleList) -> bool:
     """Whether every element holds an attention block that is split."""
-    heads = lambda layer: any((found := out.splits.get(names.get(id(c), ""))) and found[1].style == "heads" and found[1].make is None  # noqa: E731
-                              for c in layer.modules())
-    return len(m) > 0 and all(heads(layer) for layer in m)
+    attention = {n for n, (_, how) in out.splits.items() if how.style == "heads" and how.make is None}
+    return len(m) > 0 and all(any(names.get(id(c)) in attention for c in layer.modules()) for layer in m)
 
 
 def _whole_attention(out: Plan) -> str:
@@ -150,7 +149,7 @@ def _check_layer(out: Plan, names: dict[int, str], layer: nn.Module) -> None:
         if not any(True for _ in c.parameters()):
             continue
         found = recognise(c)
-        if isinstance(found, tuple) and found[0] in (RMSNorm, LayerNorm) or isinstance(c, (nn.LayerNorm, nn.RMSNorm)):
+        if (isinstance(found, tuple) and found[0] in (RMSNorm, LayerNorm)) or isinstance(c, (nn.LayerNorm, nn.RMSNorm)):
             continue
         if any(isinstance(getattr(e, "down_proj", None), nn.Parameter) for e in c.modules()):
             continue                                                  # whole experts work token by token as well

@@ -72,7 +72,12 @@ HANDFUL = [
 ]
 
 
-@pytest.mark.parametrize("name, world, tp, ep, sp", HANDFUL, ids=[f"{n}-tp{t}-ep{e}-dp{w // t}{'-sp' if s else ''}" for n, w, t, e, s in HANDFUL])
+def label(case):
+    name, world, tp, ep, sp = case
+    return f"{name}-tp{tp}-ep{ep}-dp{world // tp}{'-sp' if sp else ''}"
+
+
+@pytest.mark.parametrize("name, world, tp, ep, sp", HANDFUL, ids=map(label, HANDFUL))
 def test_equals_stock(name, world, tp, ep, sp):
     run(world, _equal, world, tp, ep, sp, name, {})
 
@@ -83,7 +88,7 @@ SWEEP += [(name, 4, 2, ep, sp) for name in MOE for ep in (2, 4) for sp in (False
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, world, tp, ep, sp", SWEEP, ids=[f"{n}-tp{t}-ep{e}-dp{w // t}{'-sp' if s else ''}" for n, w, t, e, s in SWEEP])
+@pytest.mark.parametrize("name, world, tp, ep, sp", SWEEP, ids=map(label, SWEEP))
 def test_sweep_equals_stock(name, world, tp, ep, sp):
     run(world, _equal, world, tp, ep, sp, name, {})
 
@@ -204,10 +209,10 @@ def test_verify_with_experts_over_data_parallel_ranks():
 def _generate(rank, name, ep, sp):
     """With the cache: prompts of 10 tokens, then 2 at a time: fewer than ranks of some layouts, so that some rank has none."""
     model, ids = make(name), sample(2, 5)["input_ids"]
-    words = lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)  # noqa: E731
-    want = words()
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(ids, **asked)
     interlace.replace_(model, mesh(4, 4, ep), sequence_parallel=sp)
-    assert torch.equal(words(), want)
+    assert torch.equal(model.generate(ids, **asked), want)
 
 
 @pytest.mark.parametrize("name, ep, sp", [("gpt2", 1, True), ("olmoe", 2, True), ("deepseek_v3", 1, False)])
