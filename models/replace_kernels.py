@@ -359,6 +359,8 @@ def _experts(module: nn.Module) -> tuple[type, Change] | str | None:
     w13, w2 = params["gate_up_proj"], params["down_proj"]
     if len(params) > 2 or w13.shape[1] != 2 * w2.shape[2] or w2.shape[1] != w13.shape[2]:
         return "experts with biases, or stored transposed, have no kernel"
+    if w2.is_meta:
+        return "its weights are on meta, so that a probe tells nothing: load them first"
     x = torch.randn(2, w2.shape[1], generator=torch.Generator().manual_seed(4)).to(w2)
     ids, weights = torch.tensor([[0], [len(w2) - 1]], device=w2.device), torch.tensor([[0.5], [0.25]]).to(w2)
     try:
