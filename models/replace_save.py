@@ -10,7 +10,9 @@ the whole model in host memory, as transformers does. A rank that calls alone is
 """
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from datetime import timedelta
 from types import MethodType
 from typing import Any, NoReturn
@@ -25,12 +27,20 @@ from ..parallel.sharding import pieces_of
 from ..parallel.tensor_parallel import copy_part
 from .replace_layers import gather
 
-__all__ = ["guard", "unguard", "whole_state_dict"]
+__all__ = ["guard", "together", "unguard", "unhidden", "whole_state_dict"]
 
 WAIT = 120                                                            # seconds that ranks may come apart to a collective call
 
 
 MISSING = object()
+
+
+class RefusesTrainer(int):
+    """The tp size where transformers' Trainer looks for one, which it compares with 1 before anything is done."""
+
+    def __gt__(self, other: Any) -> bool:
+        raise ValueError(f"Trainer: a model split over tp={int(self)} must be trained by interlace.hf.Trainer, or a loop of your own, got "
+                         "transformers' Trainer, which would take its parts for copies; or call interlace.restore_ first")
 
 
 class Part:
@@ -59,8 +69,8 @@ def guard(model: nn.Module) -> None:
     added: dict[str, Any] = {}
     if hasattr(model, "save_pretrained"):
         added = {"save_pretrained": MethodType(_save_pretrained, model)}
-    if hasattr(model, "is_distributed_loading_by_transformers"):      # Trainer: neither wrap nor shard it, save from all ranks
-        added |= {"_is_distributed_loading_by_transformers": True, "_tp_size": tp.size}
+    if hasattr(model, "_tp_size"):
+        added["_tp_size"] = RefusesTrainer(tp.size)
     model._interlace_guard = handles, {name: vars(model).get(name, MISSING) for name in added}  # type: ignore[assignment]
     vars(model).update(added)
 
@@ -117,25 +127,39 @@ def _meet(tp: Axis, what: str) -> None:
                            f"({str(e).splitlines()[0]})") from None
 
 
-def _save_pretrained(model: Any, save_directory: Any, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any) -> None:
-    """save_pretrained of the whole model: rank 0 of the world writes, all return when the files are there, or all raise."""
-    tp: Axis = model._interlace_tp
-    if state_dict is not None:
-        raise ValueError("save_pretrained: the state_dict of a split model must be gathered here, got one; leave it out")
-    whole = whole_state_dict(model)
-    error: BaseException | None = None
-    if tp.rank == 0 and is_main_process and dist.get_rank() == 0:
-        hidden = {name: vars(model).pop(name) for name in ("_is_distributed_loading_by_transformers", "_tp_size") if name in vars(model)}
-        try:
-            type(model).save_pretrained(model, save_directory, is_main_process=True, state_dict=whole, **kwargs)
-        except BaseException as e:
-            error = e
+@contextlib.contextmanager
+def unhidden(model: Any) -> Iterator[None]:
+    """transformers' own save_pretrained and words in place of the above."""
+    hidden = {name: vars(model).pop(name) for name in ("save_pretrained", "_tp_size") if name in vars(model)}
+    try:
+        yield
+    finally:
         vars(model).update(hidden)
+
+
+@contextlib.contextmanager
+def together(tp: Axis, model: nn.Module) -> Iterator[None]:
+    """What one rank does before any goes on; where it fails, all raise."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as e:
+        error = e
     failed = all_reduce(torch.tensor([float(error is not None)], device=next(model.parameters()).device), tp.group)
     if error is not None:
         raise error
     if failed.item():
         raise RuntimeError("save_pretrained: the first rank must write the files, got an error there; see its message")
+
+
+def _save_pretrained(model: Any, save_directory: Any, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any) -> None:
+    """save_pretrained of the whole model: rank 0 of the world writes, all return when the files are there, or all raise."""
+    if state_dict is not None:
+        raise ValueError("save_pretrained: the state_dict of a split model must be gathered here, got one; leave it out")
+    tp, whole = model._interlace_tp, whole_state_dict(model)
+    with together(tp, model), unhidden(model):
+        if tp.rank == 0 and is_main_process and dist.get_rank() == 0:
+            model.save_pretrained(save_directory, is_main_process=True, state_dict=whole, **kwargs)
 
 
 def _take_parts(model: Any, state: dict, prefix: str, local_metadata: dict, *_: Any) -> None:
