@@ -34,6 +34,8 @@ def counting(seen, module, name):
 def _loads(rank, case, folder):
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
+    from transformers.integrations import accelerate
+    accelerate.is_accelerate_available = lambda *_: True              # asked for a device map, which here names one device
     name, more, sequence, kwargs, ops = CASES[case]
     whole, batch, seen = make(name, **more), sample(2, 10), set()
     want = step(whole, batch)
@@ -100,7 +102,7 @@ def test_what_the_registries_cannot_take_is_refused_with_the_reason():
     from transformers import GPT2Config, GptOssConfig, LlamaConfig, MixtralConfig
     with pytest.raises(ValueError, match=r"must have a tensor-parallel plan for GPT2LMHeadModel, got none; .*interlace\.replace_"):
         interlace.hf.plan(GPT2Config(n_embd=32, n_layer=1, n_head=4), 2)
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 2,
+    small = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 2,
              "vocab_size": 61, "head_dim": 8, "pad_token_id": None}
     with pytest.raises(ValueError, match=r"6 heads over 2 key / value heads .* got tp=4; use tp in \[1, 2, 6\]"):
         interlace.hf.plan(LlamaConfig(**small), 4)
@@ -110,4 +112,4 @@ def test_what_the_registries_cannot_take_is_refused_with_the_reason():
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
     experts = GptOssExperts(GptOssConfig(**small, num_local_experts=4))
     with pytest.raises(ValueError, match=r"GptOssExperts with biases, stored transposed, with gate and up interleaved.*use 'grouped_mm'"):
-        hf_registry.experts_forward(experts, torch.randn(2, 32), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
+        hf_registry.experts_forward(experts, torch.randn(2, 48), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
