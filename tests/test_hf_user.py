@@ -154,13 +154,13 @@ def test_lora_over_2_ranks(tmp_path):
 def _checkpointing(rank):
     from interlace.models.replace_layers import gather
     for name, more in (("llama", {"num_key_value_heads": 1}), ("mixtral", {})):
-        model, batch = make(name, **more).train(), sample()
+        model, batch = make(name, torch.float32, **more).train(), sample()
         want = step(model, batch)
         interlace.replace_(model, mesh(2))
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         got = step(model, batch)
         close({"logits": got["logits"], "loss": got["loss"]} | {
-            n: gather(p, p.grad, mesh(2).tp) for n, p in model.named_parameters()}, want)
+            n: gather(p, p.grad, mesh(2).tp) for n, p in model.named_parameters()}, want, 1e-4)
 
 
 def test_gradient_checkpointing_over_2_ranks():
