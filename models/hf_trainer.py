@@ -65,7 +65,7 @@ def trainer_class() -> type:
                 super().save_model(output_dir, _internal_call)
                 return
             whole = whole_state_dict(self.model)
-            with together(tp, self.model), unhidden(self.model):
+            with together(self.model), unhidden(self.model):
                 if tp.rank == 0 and self.args.should_save:
                     self._save(output_dir or self.args.output_dir, state_dict=whole)
     return Trainer

@@ -6,7 +6,7 @@
     interlace.restore_(model)                        the original classes, bit-equal weights
 
 Every change is planned and checked before the first is made: after an error the model is as it was. Nothing global is patched.
-How modules are recognised and what runs in them: replace_kernels.py; tensor parallelism: replace_layers.py.
+How modules are recognised and what runs in them: replace_kernels.py; tensor, sequence and expert parallelism: replace_layers.py.
 """
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..parallel.errors import nearest, raise_problems
-from ..parallel.mesh import Mesh
+from ..parallel.mesh import Axis, Mesh
 from .replace_kernels import CausalLoss, Change, Fused, fused_class, implementation, recognise, recognise_loss, use
-from .replace_layers import STYLES, gather, make_plan, split_all, whole_all
+from .replace_layers import gather, make_plan, split_all, whole_all
 from .replace_layers import Plan as _Plan
 from .replace_report import Report, Row, Verification
 from .replace_save import guard, unguard
@@ -35,15 +35,17 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 
 def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str, str] | None = "auto",
              kernels: str | Collection[str] = "auto", only: Iterable[str] | str | None = None, skip: Iterable[str] | str = (),
-             strict: bool = False, dry_run: bool = False) -> Report:
+             strict: bool = False, dry_run: bool = False, sequence_parallel: bool = False) -> Report:
     """Put fused kernels and parallel layers into `model`, in place. A second call changes nothing.
 
     Args:
-        mesh: None for one device, or this rank's Mesh: layers are split over its tp axis; every rank calls with the same whole model.
+        mesh: None for one device, or this rank's Mesh: layers are split over its tp axis, experts over its ep axis (over tp where ep
+            has one rank); every rank calls with the same whole model.
         plan: "auto" (by structure), None (split nothing), or {pattern: "column" | "row" | "gather" | "vocab"} (fnmatch on names).
         kernels: "auto", "none", or names out of cross_entropy, expert_mlp, layer_norm, rms_norm, swiglu.
         only, skip: patterns (fnmatch) of module names to look at, or to leave alone, with all below them.
         strict: raise where a pattern matches nothing, or a candidate has to be left as it is. dry_run: report only.
+        sequence_parallel: between the decoder's layers each rank of tp holds its part of the tokens (plan="auto").
     Returns: Report. Raises: ValueError for a model partly on meta, wrapped (DDP, FSDP, torch.compile), of mixed dtypes, with one module in
     two places, for patterns that match nothing, for what tp does not divide; the model is then as it was.
     """
@@ -53,7 +55,7 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
     names = _kernels(kernels)
     chosen, notes = _chosen(model, None if only is None else list(only), skip, strict)
     _check_model(model, chosen)
-    layers = make_plan(model, chosen, mesh or Mesh(), plan, strict)
+    layers = make_plan(model, chosen, mesh or Mesh(), plan, strict, sequence_parallel)
     report = Report(notes=notes + layers.notes + _meta_notes(model), dry_run=dry_run)
     todo: list[tuple[Any, type, Change]] = []
     for name, module in chosen:
@@ -61,18 +63,18 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
         row = _sharding(name, module, row, layers)
         if row is not None:
             report.rows.append(row)
-        if found is not None:
+        if found is not None and not (name in layers.splits and layers.splits[name][1].make is not None):
             todo.append((module, *found))
     loss = _look_at_loss(model, names, only, skip, report)
     if strict and (left := [r for r in report.left if "already" not in r.why]):
         raise_problems("replace_(strict=True)", [f"{r.name}: {r.why}; leave it out with skip=[{r.name!r}]" for r in left])
     if not dry_run:
-        if layers.splits and mesh is not None:
-            split_all(model, list(layers.splits.values()), layers.partial, mesh.tp)
-            guard(model)
         for module, kind, change in todo:
             module._interlace = change
             module.__class__ = fused_class(kind, change.original)
+        if layers.splits and mesh is not None:
+            split_all(model, list(layers.splits.values()), layers.partial, mesh.tp)
+            guard(model)
         if loss is not None:
             model.loss_function = loss  # type: ignore[assignment]
     return report
@@ -185,9 +187,14 @@ def _sharding(name: str, module: nn.Module, row: Row | None, layers: _Plan) -> R
     if name not in layers.splits:
         return row
     how = layers.splits[name][1]
-    new = type(module).__name__ if how.make is None else STYLES[how.style][1].__name__
-    kernel = {"column": "copy_gemm", "gather": "copy_gemm", "row": "gemm_ar"}.get(how.style, "")
-    return Row(name, type(module).__name__, new, kernel, how.style, row.why if row else "")
+    kernel = {"column": "copy_gemm", "gather": "copy_gemm", "row": "gemm_ar", "experts": "dispatch, combine"}.get(how.style, "")
+    if "TokenRow" in getattr(how.layer, "__name__", ""):
+        kernel = "gemm_rs"
+    if how.make is not None:
+        return Row(name, type(module).__name__, how.layer.__name__, kernel, how.style)
+    old = row or Row(name, type(module).__name__)
+    kernels = ", ".join(k for k in (old.kernel, kernel) if k)
+    return replace(old, new=old.new or old.old, kernel=kernels, sharding=how.style)
 
 
 def _look_at_loss(model: nn.Module, names: tuple[str, ...], only: Any, skip: list[str], report: Report) -> CausalLoss | None:
@@ -213,7 +220,8 @@ def verify(model: nn.Module, sample: Any, tolerance: float | None = None) -> Ver
     is one, else of a fixed random projection of all outputs; tolerance: largest difference over the largest value of a tensor
     (default 1e-6 in float64, since many models cast to fp32 inside, 1e-4 in fp32, 5e-2 in bf16, 2e-2 in fp16).
     Returns: Verification (`.ok`, `.errors`, prints as a table). The model, its gradients, buffers and the random state stay.
-    Raises: ValueError where nothing was replaced. Under a mesh every rank calls it, and holds the whole model meanwhile.
+    Raises: ValueError where nothing was replaced. Under a mesh every rank calls it with the same sample, and holds the whole model
+    meanwhile.
     """
     held: Any = model
     split = hasattr(model, "_interlace_tp")
@@ -264,13 +272,19 @@ def _run(model: nn.Module, sample: Any) -> dict[str, Tensor]:
             loss.backward()
         tp = getattr(model, "_interlace_tp", None)
         return {f"output {i}": t.detach() for i, t in enumerate(tensors)} | {
-            n: p.grad if tp is None or not p.dim() else gather(p, p.grad, tp) for n, p in params.items() if p.grad is not None}
+            n: p.grad if tp is None or not p.dim() else _gathered(p, tp) for n, p in params.items() if p.grad is not None}
     finally:
         for n, p in params.items():
             p.grad = grads[n]
         with torch.no_grad():
             for n, b in model.named_buffers():
                 b.copy_(buffers[n])
+
+
+def _gathered(p: Any, tp: Axis) -> Tensor:
+    """The whole gradient of one sample: experts that dp shares got as many samples as ranks of dp share them."""
+    full = gather(p, p.grad, tp)
+    return full / (p.axis.size // tp.size) if getattr(p, "expert", False) else full
 
 
 def _tensors(out: Any) -> Iterable[Tensor]:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,6 @@ def load_pretrained_(model: nn.Module, folder: str | Path, mesh: Mesh | None = N
                 _fill(swapped.get(id(tensor), tensor), found[name])
         read = Lazy.read_bytes - before
     notes = _buffers_off_meta(model, torch.device(device or "cpu"))
-    if report is not None and mesh is not None and swapped:           # what is recognised by its weights, such as experts
-        again = replace_(model, mesh, **options)
-        report.rows = [r for r in report.rows if r.name not in {a.name for a in again.replaced}] + again.replaced
     return Loaded(len(wanted), read, held, report, notes)
 
 
@@ -329,30 +327,32 @@ def _fill(local: Tensor, lazy: Lazy) -> None:
 def _off_meta(model: Any, device: torch.device) -> dict[int, Tensor]:
     """Give every parameter and persistent buffer on meta a place on `device`. {id of the old one: the new one}."""
     swapped: dict[int, Tensor] = {}
-    tp = getattr(model, "_interlace_tp", None)
+    tp: Axis | None = getattr(model, "_interlace_tp", None)
     for module in model.modules():
+        how = vars(module).get("_interlace_split")
         for kind in (module._parameters, module._buffers):
             for name, old in list(kind.items()):
                 if old is None or not old.is_meta or name in module._non_persistent_buffers_set:
                     continue
                 if id(old) not in swapped:
-                    swapped[id(old)] = _like(old, device, tp)
-                    swapped[id(old)].old = old                        # lives on, so that no id is given twice
+                    new = swapped[id(old)] = _like(old, device)
+                    new.old = old                                     # lives on, so that no id is given twice
+                    if hasattr(old, "pieces") and tp is not None:
+                        new.pieces = old.completed[1] if hasattr(old, "completed") else old.pieces
+                        ours = how.complete if how is not None and name in how.pieces else None
+                        (ours or partial(complete_gradient, tp=tp))(new)
                 kind[name] = swapped[id(old)]
     for new in swapped.values():
         del new.old
     return swapped
 
 
-def _like(old: Any, device: torch.device, tp: Axis | None) -> Any:
+def _like(old: Any, device: torch.device) -> Any:
     """Zeros in place of a tensor on meta, with what replace_ wrote on it."""
     new: Any = torch.zeros(old.shape, dtype=old.dtype, device=device)
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
     vars(new).update({name: value for name, value in vars(old).items() if name != "completed"})
-    if hasattr(old, "completed") and tp is not None:
-        new.pieces = old.completed[1]
-        complete_gradient(new, tp)
     return new
 
 

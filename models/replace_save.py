@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..kernels.comm import all_reduce
 from ..parallel.mesh import Axis
 from ..parallel.sharding import pieces_of
 from ..parallel.tensor_parallel import copy_part
@@ -58,7 +57,7 @@ class Part:
 
 
 def guard(model: nn.Module) -> None:
-    """Put the above on a split model's instance."""
+    """Put what this file says on a split model's instance."""
     if "_interlace_guard" in vars(model):
         return
     tp: Axis = model._interlace_tp  # type: ignore[assignment]
@@ -104,7 +103,8 @@ def whole_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     tp: Axis | None = getattr(model, "_interlace_tp", None)
     if tp is None:
         return OrderedDict(model.state_dict())
-    _meet(tp, "whole_state_dict")
+    for axis in _axes(model):
+        _meet(axis)
     whole: OrderedDict[str, Tensor] = OrderedDict()
     seen: dict[int, Tensor] = {}
     with torch.no_grad():
@@ -116,15 +116,15 @@ def whole_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     return whole if tp.rank == 0 else OrderedDict()
 
 
-def _meet(tp: Axis, what: str) -> None:
-    """Wait for every rank of tp, for a while."""
-    if tp.size == 1 or dist.get_backend(tp.group) != "gloo":          # NCCL's watchdog ends a wait
+def _meet(axis: Axis) -> None:
+    """Wait for every rank of an axis, for a while."""
+    if dist.get_backend(axis.group) != "gloo":                        # NCCL's watchdog ends a wait
         return
     try:
-        dist.monitored_barrier(tp.group, timeout=timedelta(seconds=WAIT), wait_all_ranks=True)
+        dist.monitored_barrier(axis.group, timeout=timedelta(seconds=WAIT), wait_all_ranks=True)
     except RuntimeError as e:
-        raise RuntimeError(f"{what}: every rank of tp must call it, got some that did not within {WAIT} s; leave out `if rank == 0`. "
-                           f"({str(e).splitlines()[0]})") from None
+        raise RuntimeError(f"save_pretrained, whole_state_dict: every rank of {axis.name} must call it, got some that did not within {WAIT} s; "
+                           f"leave out `if rank == 0`. ({str(e).splitlines()[0]})") from None
 
 
 @contextlib.contextmanager
@@ -138,27 +138,35 @@ def unhidden(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def together(tp: Axis, model: nn.Module) -> Iterator[None]:
-    """What one rank does before any goes on; where it fails, all raise."""
+def together(model: nn.Module) -> Iterator[None]:
+    """What one rank does before any goes on; where it fails, all raise. The ranks wait as long as their backend does."""
     error: BaseException | None = None
     try:
         yield
     except BaseException as e:
         error = e
-    failed = all_reduce(torch.tensor([float(error is not None)], device=next(model.parameters()).device), tp.group)
+    failed = torch.tensor([float(error is not None)], device=next(model.parameters()).device)
+    for axis in _axes(model):
+        dist.all_reduce(failed, group=axis.group)
     if error is not None:
         raise error
     if failed.item():
         raise RuntimeError("save_pretrained: the first rank must write the files, got an error there; see its message")
 
 
+def _axes(model: Any) -> list[Axis]:
+    """The axes of more than one rank that the model is split over: tp, and that of its experts."""
+    found = {model._interlace_tp.ranks: model._interlace_tp} | {p.axis.ranks: p.axis for p in model.parameters() if hasattr(p, "axis")}
+    return [axis for axis in found.values() if axis.size > 1]
+
+
 def _save_pretrained(model: Any, save_directory: Any, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any) -> None:
     """save_pretrained of the whole model: rank 0 of the world writes, all return when the files are there, or all raise."""
     if state_dict is not None:
         raise ValueError("save_pretrained: the state_dict of a split model must be gathered here, got one; leave it out")
-    tp, whole = model._interlace_tp, whole_state_dict(model)
-    with together(tp, model), unhidden(model):
-        if tp.rank == 0 and is_main_process and dist.get_rank() == 0:
+    whole = whole_state_dict(model)
+    with together(model), unhidden(model):
+        if is_main_process and dist.get_rank() == 0:
             model.save_pretrained(save_directory, is_main_process=True, state_dict=whole, **kwargs)
 
 

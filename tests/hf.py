@@ -20,6 +20,13 @@ MODELS = {                                                            # name -> 
     "mixtral": ("mixtral", "Mixtral", SMALL | {"num_local_experts": 4}),
     "qwen3_moe": ("qwen3_moe", "Qwen3Moe", MOE | {"head_dim": 16, "norm_topk_prob": True}),
     "olmoe": ("olmoe", "Olmoe", MOE),
+    "gpt_oss": ("gpt_oss", "GptOss", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 4,
+                                              "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {
+                                                  "rope_type": "default", "rope_theta": 10000.0}}),
+    "deepseek_v3": ("deepseek_v3", "DeepseekV3", SMALL | {
+        "num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4,
+        "topk_group": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 12, "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}),
 }
 
 
@@ -50,7 +57,7 @@ class KeepFloat64(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if args and torch.is_tensor(args[0]) and args[0].dtype == torch.float64:
-            if func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in args[1:]):
+            if func is torch.Tensor.float or (func in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in args[1:]):
                 return args[0]
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64

@@ -95,7 +95,7 @@ def _hf(rank, t, name, more):
     want = step(model, batch)
     model.zero_grad()
     report = interlace.replace_(model, mesh(t))
-    assert sum(r.sharding == "column" for r in report.replaced) >= 6 or name in ("phi3", "mixtral", "gpt2"), report
+    assert sum(r.sharding == "column" for r in report.replaced) >= 4, report
     got = step(model, batch)
     close({"logits": got["logits"], "loss": got["loss"]} | gathered(model, t), want)
     assert not interlace.replace_(model, mesh(t)).replaced

@@ -1,0 +1,182 @@
+"""Sequence parallelism of a foreign decoder: between its layers each rank of tp holds its part of the tokens.
+
+    embedding -> h [B, S, D], equal on all ranks
+    first layer of the list      scatter: [1, n, D]               n = ceil(B S / t) tokens of the flattened batch a rank (parallel/foreign.py)
+      norms, residuals, router   on this rank's tokens; their gradients are summed over tp in the backward
+      attention, MLP             all-gather before, products without communication, reduce-scatter after their row layer
+      experts                    on this rank's tokens: no gather at all
+    last layer of the list       gather: [B, S, D], equal on all ranks -> norm, head, loss
+
+Positions, masks and rotary tables are made of the whole input before the list and read by attention alone, which sees whole sequences:
+nothing in a layer may depend on where its tokens stand, except attention. What is in a decoder layer is therefore checked child by child.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..parallel.foreign import (
+    TokenRowLinear,
+    TransposedRowLinear,
+    TransposedTokenRowLinear,
+    gather_tokens,
+    join_tokens,
+    scatter_tokens,
+)
+from ..parallel.mesh import Axis
+from .replace_experts import Spread
+from .replace_kernels import LayerNorm, RMSNorm, recognise
+from .replace_split import Plan, Split
+
+__all__ = ["split_sequence"]
+
+
+@dataclass
+class Region:
+    """Where tokens are split. shape: [B, S] of the batch that is inside."""
+    tp: Axis
+    shape: tuple[int, ...] = ()
+
+    def check(self, x: Tensor) -> None:
+        n = -(-self.shape.numel() // self.tp.size) if self.shape else 0   # type: ignore[attr-defined]
+        if x.shape[:-1].numel() != n:
+            raise ValueError(f"sequence_parallel: a decoder layer must get the {n} tokens of its rank, got {list(x.shape)}; call the "
+                             "layers through their model, and run the backward of a checkpointed forward before another forward")
+
+
+class _InRegion:
+    _interlace_region: Region
+
+
+class ScatteredLayer(_InRegion):
+    """The first decoder layer: the residual stream is split here."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        region = self._interlace_region
+        region.shape = hidden_states.shape[:-1]
+        return super().forward(scatter_tokens(hidden_states, region.tp).unsqueeze(0), *args, **kwargs)  # type: ignore[misc]
+
+
+class JoinedLayer(_InRegion):
+    """The last decoder layer: the residual stream is whole again after it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out, region = super().forward(*args, **kwargs), self._interlace_region   # type: ignore[misc]
+        first = out[0] if isinstance(out, tuple) else out
+        region.check(first)
+        whole = join_tokens(first, region.shape, region.tp)
+        return (whole, *out[1:]) if isinstance(out, tuple) else whole
+
+
+class Gathering(_InRegion):
+    """Attention or MLP: computes parts of its output from all tokens, which its row layer sums and scatters."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        region = self._interlace_region
+        x = args[0] if args else kwargs["hidden_states"]
+        region.check(x)
+        x = gather_tokens(x, region.shape, region.tp)
+        args, kwargs = ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
+        return super().forward(*args, **kwargs)                       # type: ignore[misc]
+
+
+def _refuse_parts(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """What transformers records inside the layers is of this rank's tokens: a loss over it would be wrong, and nobody would know."""
+    config = getattr(module, "config", None)
+    for name in ("output_hidden_states", "output_router_logits"):
+        given = kwargs.get(name)
+        if given or (given is None and getattr(config, name, False)):
+            raise ValueError(f"sequence_parallel: {name} must be unset, got {given or True}; the layers hold parts of the tokens: "
+                             "replace_ without sequence_parallel to record them")
+
+
+def split_sequence(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Module]], tp: Axis) -> None:
+    """Turn the layers that a plan splits over features into layers over tokens, or add to its problems why not."""
+    names = {id(m): n for n, m in chosen}
+    if any("_interlace_region" in vars(m) for _, m in chosen):
+        return                                                        # replaced before
+    lists = [m for _, m in chosen if isinstance(m, nn.ModuleList) and _decoder(out, names, m)]
+    if len(lists) != 1:
+        out.problems.append(f"sequence_parallel=True needs one list of decoder layers whose attention is split over tp, got {len(lists)}"
+                            + _whole_attention(out) + "; leave sequence_parallel out")
+        return
+    layers, before = lists[0], len(out.problems)
+    region, silent = Region(tp), replace(tp, group=None)              # columns: the gather before them sums their dx
+    for layer in layers:
+        _check_layer(out, names, layer)
+    if len(out.problems) > before:
+        return
+    for layer in layers:
+        for m in layer.modules():
+            found = out.splits.get(names.get(id(m), ""))
+            if found is not None:
+                _over_tokens(out, names[id(m)], m, found[1], region, silent)
+            elif {"down_proj", "c_fc"} & {n for n, c in m.named_children() if names.get(id(c)) in out.splits}:
+                out.splits[names[id(m)]] = m, Split("sequence", wraps=(Gathering,), attributes={"_interlace_region": region})
+    wraps: dict[int, tuple[type, ...]] = {id(layers[0]): (ScatteredLayer,)}
+    wraps[id(layers[-1])] = (*wraps.get(id(layers[-1]), ()), JoinedLayer)
+    for layer in (layers[0], layers[-1]):
+        out.splits[names[id(layer)]] = layer, Split("sequence", wraps=wraps[id(layer)], attributes={"_interlace_region": region})
+    _sum_the_rest(out, layers)
+    decoder = names[id(layers)].rpartition(".")[0]
+    out.splits[decoder] = model.get_submodule(decoder), Split("sequence", watch=_refuse_parts)
+    if any(isinstance(m, nn.Dropout) and m.p for m in layers.modules()):
+        out.notes.append("sequence_parallel: dropout in the layers draws other masks than on one rank")
+
+
+def _decoder(out: Plan, names: dict[int, str], m: nn.ModuleList) -> bool:
+    """Whether every element holds an attention block that is split."""
+    heads = lambda layer: any((found := out.splits.get(names.get(id(c), ""))) and found[1].style == "heads" and found[1].make is None  # noqa: E731
+                              for c in layer.modules())
+    return len(m) > 0 and all(heads(layer) for layer in m)
+
+
+def _whole_attention(out: Plan) -> str:
+    return "".join(f"; {n}: {why}" for n, why in list(out.left.items())[:1])
+
+
+def _check_layer(out: Plan, names: dict[int, str], layer: nn.Module) -> None:
+    """Every child of a decoder layer must be a norm, split attention, a split MLP, a mixture of experts, or hold no parameters."""
+    if any(not p.dim() for p in layer.parameters()):
+        out.problems.append(f"{names.get(id(layer), 'a layer')}: sequence_parallel=True knows no 0-d parameters; leave it out")
+    for n, c in layer.named_children():
+        name = names.get(id(c), n)
+        split = [s[1] for k, s in out.splits.items() if k == name or k.startswith(name + ".")]
+        if any(s.style in ("heads", "experts") and s.make is None for s in split) or any(s.style == "row" for s in split):
+            continue
+        if not any(True for _ in c.parameters()):
+            continue
+        found = recognise(c)
+        if isinstance(found, tuple) and found[0] in (RMSNorm, LayerNorm) or isinstance(c, (nn.LayerNorm, nn.RMSNorm)):
+            continue
+        if any(isinstance(getattr(e, "down_proj", None), nn.Parameter) for e in c.modules()):
+            continue                                                  # whole experts work token by token as well
+        why = out.left.get(name, "it is no norm, attention, MLP or mixture of experts")
+        out.problems.append(f"{name}: sequence_parallel=True must know that it works token by token, got {type(c).__name__} ({why}); "
+                            "leave sequence_parallel out")
+
+
+def _over_tokens(out: Plan, name: str, m: Any, how: Split, region: Region, silent: Axis) -> None:
+    """One split module, changed for a region of split tokens."""
+    if how.style == "column":
+        how.attributes = how.attributes | {"tp": silent}
+    elif how.style == "row":
+        how.layer = TransposedTokenRowLinear if how.layer is TransposedRowLinear else TokenRowLinear
+        how.make = partial(how.layer.from_torch, tp=region.tp)
+    elif how.style == "tail":
+        del out.splits[name]                                          # whole, its gradient a part: summed with the others
+    elif how.style == "heads" and how.make is None:
+        how.wraps, how.attributes = (Gathering,), how.attributes | {"_interlace_region": region}
+    elif how.style == "experts":
+        spread: Spread = how.attributes["_interlace_spread"]
+        how.attributes = how.attributes | {"_interlace_spread": replace(spread, tp=Axis("tp"))}
+
+
+def _sum_the_rest(out: Plan, layers: nn.ModuleList) -> None:
+    """Parameters that stay whole saw this rank's tokens, or its heads: their gradients are parts."""
+    cut = {id(p) for m, how in out.splits.values() for n, p in m.named_parameters(recurse=False) if how.make is not None or n in how.pieces}
+    there = {id(p) for p in out.partial}
+    out.partial += [p for p in layers.parameters() if id(p) not in cut | there]
