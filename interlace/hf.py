@@ -2,7 +2,7 @@
 writes what its plans lack; Trainer trains a model that replace_ split over tp."""
 from .models.hf_registry import plan, register, unregister
 
-__all__ = ["Trainer", "plan", "register", "unregister"]
+__all__ = ["Trainer", "plan", "register", "unregister"]             # noqa: F822  (Trainer: below)
 
 
 def __getattr__(name: str) -> object:

@@ -121,11 +121,13 @@ def _sequence(model: Any, rules: dict[str, str], problems: list[str]) -> dict[st
     base, at = stem.rpartition(".")[0], f"{stem}.*."
     strange = sorted(r for r in rules if r.startswith(at) and r.removeprefix(at) not in DENSE | {"self_attn"})
     if not stem or strange:
-        problems.append(f"sequence_parallel must have layers of self_attn and a dense mlp, got {', '.join(strange) or 'none'}; leave it out")
+        problems.append("sequence_parallel must have layers of self_attn and a dense mlp, got "
+                        f"{', '.join(strange) or 'none'}; leave it out")
         return {}
     layers = model.get_submodule(stem)
     if "position_embeddings" not in inspect.signature(type(layers[0]).forward).parameters:
-        problems.append(f"sequence_parallel must have layers that are given position_embeddings, got {type(layers[0]).__name__}; leave it out")
+        problems.append("sequence_parallel must have layers that are given position_embeddings, got "
+                        f"{type(layers[0]).__name__}; leave it out")
         return {}
     small = [n for n, m in layers[0].named_children() if not list(m.children()) and all(p.dim() == 1 for p in m.parameters())]
     new = {at[:-1]: "interlace_layer", f"{at}mlp": "interlace_gather", f"{base}.norm": "interlace_last_norm"}
@@ -149,7 +151,8 @@ def _weights(m: Any) -> tuple[Tensor, Tensor]:
     act = getattr(m, "act_fn", None)
     silu = act is F.silu or isinstance(act, nn.SiLU) or type(act).__name__ in ("SiLU", "SiLUActivation")
     reasons = {"without gates": not getattr(m, "has_gate", True), "with biases": getattr(m, "has_bias", False),
-               "stored transposed": getattr(m, "is_transposed", False), "with gate and up interleaved": not getattr(m, "is_concatenated", True),
+               "stored transposed": getattr(m, "is_transposed", False),
+               "with gate and up interleaved": not getattr(m, "is_concatenated", True),
                "with a norm after them": getattr(m, "has_post_expert_norm", False), f"with {type(act).__name__} for silu": not silu,
                "with a gate of their own": getattr(type(m), "_apply_gate", None) is not None
                and getattr(type(m)._apply_gate, "__module__", "") != "transformers.integrations.moe"}

@@ -1,4 +1,4 @@
-"""transformers' Trainer for a model that is split over tp: the same batches on all its ranks, clipped by the whole gradient's norm, saved whole.
+"""transformers' Trainer for a model that is split over tp: one batch for all its ranks, one norm of the whole gradient, saved whole.
 
     interlace.replace_(model, mesh)
     interlace.hf.Trainer(model=model, args=TrainingArguments(..., save_only_model=True), train_dataset=...).train()
@@ -35,7 +35,7 @@ def trainer_class() -> type:
         import accelerate  # noqa: F401
         from transformers import Trainer as Stock
     except ImportError as e:
-        raise UserError(f"hf.Trainer: transformers and accelerate must be installed beside interlace, got {e}; pip install accelerate") from None
+        raise UserError(f"hf.Trainer: transformers and accelerate must be installed, got {e}; pip install accelerate") from None
 
     class Trainer(Stock):                                             # type: ignore[misc,valid-type]
         def __init__(self, model: Any = None, args: Any = None, **kwargs: Any):
@@ -78,7 +78,7 @@ def _check(args: Any, tp: Axis) -> None:
                         "the others; use your own loop, or wrap with interlace.DistributedDataParallel")
     words = {word: getattr(args, word, None) for word in ("save_strategy", "save_only_model", "deepspeed", "fsdp")}
     if getattr(words["save_strategy"], "value", "no") != "no" and not words["save_only_model"]:
-        problems.append("save_only_model must be set, since an optimizer's state is this rank's part, got False; set it, or save_strategy='no'")
+        problems.append("save_only_model must be set, since an optimizer's state is this rank's part, got False; or use save_strategy='no'")
     problems += [f"{word} must be unset, got {words[word]}; leave it out" for word in ("deepspeed", "fsdp") if words[word]]
     raise_problems("hf.Trainer", problems)
 

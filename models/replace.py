@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..parallel.errors import nearest, raise_problems
 from ..parallel.mesh import Axis, Mesh
 from .replace_kernels import CausalLoss, Change, Fused, fused_class, implementation, recognise, recognise_loss, use
-from .replace_layers import gather, make_plan, split_all, whole_all
 from .replace_layers import Plan as _Plan
+from .replace_layers import gather, make_plan, split_all, whole_all
 from .replace_report import Report, Row, Verification
 from .replace_save import guard, unguard
 

@@ -198,7 +198,7 @@ def _files(folder: Path) -> Iterator[dict[str, Lazy]]:
     index, path = folder / "model.safetensors.index.json", folder / "model.safetensors"
     found: dict[str, Lazy] = {}
     if not folder.is_dir():
-        raise UserError(f"load_pretrained_: the folder must be there, got {folder}; download a model first, or save one with save_pretrained")
+        raise UserError(f"load_pretrained_: the folder must be there, got {folder}; download a model, or save one with save_pretrained")
     with contextlib.ExitStack() as stack:
         try:
             where = None if path.exists() or not index.exists() else json.loads(index.read_text())["weight_map"]

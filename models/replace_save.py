@@ -123,7 +123,7 @@ def _meet(axis: Axis) -> None:
     try:
         dist.monitored_barrier(axis.group, timeout=timedelta(seconds=WAIT), wait_all_ranks=True)
     except RuntimeError as e:
-        raise RuntimeError(f"save_pretrained, whole_state_dict: every rank of {axis.name} must call it, got some that did not within {WAIT} s; "
+        raise RuntimeError(f"save_pretrained, whole_state_dict: every rank of {axis.name} must call it, got some that did not in {WAIT} s; "
                            f"leave out `if rank == 0`. ({str(e).splitlines()[0]})") from None
 
 

@@ -150,7 +150,7 @@ def _check_layer(out: Plan, names: dict[int, str], layer: nn.Module) -> None:
         if not any(True for _ in c.parameters()):
             continue
         found = recognise(c)
-        if isinstance(found, tuple) and found[0] in (RMSNorm, LayerNorm) or isinstance(c, (nn.LayerNorm, nn.RMSNorm)):
+        if (isinstance(found, tuple) and found[0] in (RMSNorm, LayerNorm)) or isinstance(c, (nn.LayerNorm, nn.RMSNorm)):
             continue
         if any(isinstance(getattr(e, "down_proj", None), nn.Parameter) for e in c.modules()):
             continue                                                  # whole experts work token by token as well

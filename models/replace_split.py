@@ -27,7 +27,6 @@ from ..parallel.tensor_parallel import (
     complete_gradient,
     copy_part,
 )
-
 from .replace_kernels import as_probe
 
 __all__ = ["STYLES", "Plan", "Split", "gather", "split_all", "transposed", "whole_all"]

@@ -1,4 +1,4 @@
-"""What users do around a replaced model, on one device and over 2 ranks: Trainer, LoRA, gradient checkpointing, torch.compile, bad input."""
+"""What users do around a replaced model, on one device and over 2 ranks: Trainer, LoRA, checkpointing, torch.compile, bad input."""
 import copy
 import time
 
