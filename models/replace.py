@@ -69,15 +69,26 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
     if strict and (left := [r for r in report.left if "already" not in r.why]):
         raise_problems("replace_(strict=True)", [f"{r.name}: {r.why}; leave it out with skip=[{r.name!r}]" for r in left])
     if not dry_run:
-        for module, kind, change in todo:
-            module._interlace = change
-            module.__class__ = fused_class(kind, change.original)
-        if layers.splits and mesh is not None:
-            split_all(model, list(layers.splits.values()), layers.partial, mesh.tp)
-            guard(model)
+        _put(model, todo, layers, mesh)
         if loss is not None:
             model.loss_function = loss  # type: ignore[assignment]
     return report
+
+
+def _put(model: nn.Module, todo: list[tuple[Any, type, Change]], layers: _Plan, mesh: Mesh | None) -> None:
+    """All changes, or none: the parts of weights are made before the first module is split."""
+    for module, kind, change in todo:
+        module._interlace = change
+        module.__class__ = fused_class(kind, change.original)
+    try:
+        if layers.splits and mesh is not None:
+            split_all(model, list(layers.splits.values()), layers.partial, mesh.tp)
+            guard(model)
+    except BaseException:
+        for module, _, change in todo:
+            module.__class__ = change.original
+            del module._interlace
+        raise
 
 
 def restore_(model: nn.Module) -> None:

@@ -97,9 +97,10 @@ def _in_front(kind: type, original: type) -> type:
 
 def split_all(model: Any, splits: list[tuple[Any, Split]], partial_: list[nn.Parameter], tp: Axis) -> None:
     """Make every layer first, since tied parameters are read twice, and anything that fails does so here; then put them in place."""
-    layers = [how.make(module) if how.make is not None else None for module, how in splits]
-    for (module, how), layer in zip(splits, layers):
-        _split(module, how, layer, tp)
+    made = [(how.make(module) if how.make is not None else None, {n: _part(getattr(module, n), cut) for n, cut in how.pieces.items()})
+            for module, how in splits]
+    for (module, how), (layer, parts) in zip(splits, made):
+        _split(module, how, layer, parts, tp)
     names = {n for n, p in model.named_parameters() if not hasattr(p, "pieces") and p.dim()}
     for name, p in model.named_parameters():
         if name in names:                                             # for grad_norm and checkpoints: whole on every rank
@@ -109,8 +110,16 @@ def split_all(model: Any, splits: list[tuple[Any, Split]], partial_: list[nn.Par
     model._interlace_tp = tp
 
 
+def _part(p: Any, pieces: tuple[Piece, ...]) -> Tensor:
+    shape = list(p.shape)
+    shape[pieces[0].dim] = sum(piece.length for piece in pieces)
+    local = p.data.new_empty(shape)
+    copy_part(pieces, p.data, local)
+    return local
+
+
 @torch.no_grad()
-def _split(module: Any, how: Split, layer: nn.Module | None, tp: Axis) -> None:
+def _split(module: Any, how: Split, layer: nn.Module | None, parts: dict[str, Tensor], tp: Axis) -> None:
     """Give a module the class, the attributes and the parameters of its part."""
     how.original, new = type(module), dict(how.attributes)
     if layer is not None:
@@ -123,11 +132,7 @@ def _split(module: Any, how: Split, layer: nn.Module | None, tp: Axis) -> None:
         module.__class__ = type(layer)
     for name, pieces in how.pieces.items():
         p = getattr(module, name)
-        shape = list(p.shape)
-        shape[pieces[0].dim] = sum(piece.length for piece in pieces)
-        local = p.data.new_empty(shape)
-        copy_part(pieces, p.data, local)
-        _cut(p, local, pieces)
+        _cut(p, parts[name], pieces)
         (how.complete or partial(complete_gradient, tp=tp))(p)
     for wrap in how.wraps:
         module.__class__ = _in_front(wrap, type(module))

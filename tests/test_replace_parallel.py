@@ -8,10 +8,10 @@ from interlace.kernels.comm import all_reduce
 from interlace.models.replace_layers import gather
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Mesh
-from interlace.parallel.sharding import gradient_axis
+from interlace.parallel.sharding import grad_norm, gradient_axis
 
 pytest.importorskip("transformers")
-from hf import MODELS, close, make, sample, step
+from hf import MODELS, KeepFloat64, close, make, sample, step
 
 MOE = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
 _meshes = {}
@@ -86,3 +86,237 @@ SWEEP += [(name, 4, 2, ep, sp) for name in MOE for ep in (2, 4) for sp in (False
 @pytest.mark.parametrize("name, world, tp, ep, sp", SWEEP, ids=[f"{n}-tp{t}-ep{e}-dp{w // t}{'-sp' if s else ''}" for n, w, t, e, s in SWEEP])
 def test_sweep_equals_stock(name, world, tp, ep, sp):
     run(world, _equal, world, tp, ep, sp, name, {})
+
+
+# ---- training, verify, generate, checkpointing ---------------------------------------------------------------------
+
+
+def _losses(model, m, d, optimizer, hook=None):
+    out = []
+    for i in range(5):
+        optimizer.zero_grad()
+        with KeepFloat64():
+            loss = model(**batch_of(d + 3 * i)).loss
+            loss.backward()
+        if hook is not None:
+            hook()
+        optimizer.step()
+        out.append(loss.item())
+    return out
+
+
+def _train(rank, world, tp, ep, sp, name):
+    """Five steps of AdamW, without data parallelism; the weights after them, too."""
+    m = mesh(world, tp, ep)
+    stock, model = make(name), make(name)
+    want = _losses(stock, m, 0, torch.optim.AdamW(stock.parameters(), lr=1e-2))
+    interlace.replace_(model, m, sequence_parallel=sp)
+    got = _losses(model, m, 0, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    assert want[-1] != want[0]
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-8, atol=1e-8)
+    interlace.restore_(model)
+    for (n, p), q in zip(model.named_parameters(), stock.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6, msg=lambda msg, n=n: f"{n}: {msg}")
+
+
+@pytest.mark.parametrize("name, tp, ep, sp", [("phi3", 2, 1, True), ("gpt2", 2, 1, False), ("mixtral", 2, 2, False),
+                                              ("deepseek_v3", 2, 1, True)])
+def test_training_loss_equals_stock(name, tp, ep, sp):
+    run(2, _train, 2, tp, ep, sp, name)
+
+
+def _data_parallel(rank):
+    """Experts over the ranks of dp: interlace's DistributedDataParallel knows which gradients are summed over what."""
+    m, name = mesh(2, 1, 2), "mixtral"
+    stock = make(name)
+    each = [step(stock, batch_of(d)) for d in range(2)]
+    norm = torch.linalg.vector_norm(torch.cat([(each[0][n] + each[1][n]).flatten() / 2 for n, _ in stock.named_parameters()]))
+    model = make(name)
+    interlace.replace_(model, m)
+    ddp = interlace.DistributedDataParallel(model, m)
+    with KeepFloat64():
+        ddp(**batch_of(rank)).loss.backward()
+    ddp.finish()
+    for n, p in model.named_parameters():
+        want = (each[0][n] + each[1][n]) / 2
+        assert (gather(p, p.main_grad, m.tp) - want).abs().max() <= 1e-10 * max(1e-2, want.abs().max()), n
+    torch.testing.assert_close(grad_norm(model, m, lambda p: [(0, p.main_grad.view(-1))]), norm, rtol=1e-9, atol=0)
+
+
+def test_experts_over_data_parallel_ranks():
+    run(2, _data_parallel)
+
+
+def _norm(rank, world, tp, ep, sp, name):
+    m, model = mesh(world, tp, ep), make(name)
+    grads = step(model, sample())
+    norm = torch.linalg.vector_norm(torch.cat([g.flatten() for n, g in grads.items() if n not in ("logits", "loss")]))
+    model.zero_grad()
+    interlace.replace_(model, m, sequence_parallel=sp)
+    step(model, sample())
+    torch.testing.assert_close(grad_norm(model, m), norm, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name, ep, sp", [("olmoe", 2, True), ("gpt_oss", 1, False)])
+def test_gradient_norm_counts_every_parameter_once(name, ep, sp):
+    run(4, _norm, 4, 4, ep, sp, name)
+
+
+def _verify(rank, name, tp, ep, sp):
+    m, model = mesh(2, tp, ep), make(name)
+    interlace.replace_(model, m, sequence_parallel=sp)
+    batch = sample(2, 7)
+    check = interlace.verify(model, batch, tolerance=1e-5)
+    assert check.ok, check
+    return model, batch
+
+
+def _planted(rank):
+    """What verify must find: a sum over ranks that is left out, in each of the new layers."""
+    from interlace.models import replace_experts, replace_sequence
+    from interlace.parallel import foreign
+    faults = [("olmoe", False, foreign, "copy_to", lambda x, axis: x), ("olmoe", False, foreign, "reduce_from", lambda x, axis: x),
+              ("deepseek_v3", False, foreign, "copy_to", lambda x, axis: x),
+              ("mixtral", False, replace_experts, "combine", lambda y, plan: y.new_zeros(plan.tokens, y.shape[1])),
+              ("llama", True, replace_sequence, "gather_tokens", replace_sequence.join_tokens)]
+    for name, sp, module, attribute, wrong in faults:
+        model, batch = _verify(rank, name, 2, 1, sp)
+        right = getattr(module, attribute)
+        try:
+            setattr(module, attribute, wrong)
+            assert not interlace.verify(model, batch, tolerance=1e-5).ok, (name, attribute)
+        finally:
+            setattr(module, attribute, right)
+
+
+def test_verify_finds_planted_faults():
+    run(2, _planted)
+
+
+def _data_verify(rank):
+    _verify(rank, "mixtral", 1, 2, False)
+
+
+def test_verify_with_experts_over_data_parallel_ranks():
+    run(2, _data_verify)
+
+
+def _generate(rank, name, ep, sp):
+    """With the cache: prompts of 10 tokens, then 2 at a time: fewer than ranks of some layouts, so that some rank has none."""
+    model, ids = make(name), sample(2, 5)["input_ids"]
+    words = lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)  # noqa: E731
+    want = words()
+    interlace.replace_(model, mesh(4, 4, ep), sequence_parallel=sp)
+    assert torch.equal(words(), want)
+
+
+@pytest.mark.parametrize("name, ep, sp", [("gpt2", 1, True), ("olmoe", 2, True), ("deepseek_v3", 1, False)])
+def test_generate_over_4_ranks(name, ep, sp):
+    run(4, _generate, name, ep, sp)
+
+
+def _checkpointing(rank):
+    for name in ("qwen3_moe", "gpt2"):
+        model, batch, m = make(name, torch.float32).train(), sample(), mesh(2, 2)
+        for d in model.modules():
+            d.p = 0.0 if isinstance(d, torch.nn.Dropout) else getattr(d, "p", None)
+        want = step(model, batch)
+        model.zero_grad()
+        interlace.replace_(model, m, sequence_parallel=True)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        got = step(model, batch)
+        close({"logits": got["logits"], "loss": got["loss"]} | whole_gradients(model, m), want, 2e-4)
+
+
+def test_gradient_checkpointing_with_sequence_parallelism():
+    run(2, _checkpointing)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def faked(tp=1, ep=1, pp=1):
+    return Mesh(tp=interlace.Axis("tp", tp), ep=interlace.Axis("ep", ep), pp=interlace.Axis("pp", pp))
+
+
+@pytest.mark.parametrize("name, m, more, sp, words", [
+    ("mixtral", faked(ep=3), {}, False, r"4 experts must divide over ep=3; use ep in \[1, 2, 4\]"),
+    ("mixtral", faked(tp=3, ep=2), {}, False, "must be multiples of one another"),
+    ("phi3", faked(tp=3), {}, False, r"4 heads over 2 key / value heads.*use tp in \[1, 2, 4\]"),
+    ("gpt2", faked(tp=2, pp=2), {}, False, "does not cut foreign models into stages"),
+    ("gpt2", faked(tp=4), {"n_inner": 50}, False, "features must be divisible by tp=4"),
+    ("olmoe", faked(tp=2), {"num_experts": 3}, True, ""),
+])
+def test_meshes_that_do_not_fit(name, m, more, sp, words):
+    model = make(name, **more)
+    classes, before = [type(x) for x in model.modules()], {n: v.clone() for n, v in model.state_dict().items()}
+    if not words:                                                     # experts that do not divide over tp stay whole, and are said to
+        report = interlace.replace_(model, m, sequence_parallel=sp, dry_run=True)
+        assert any("3 experts do not divide over tp=2" in r.why for r in report)
+    else:
+        with pytest.raises(ValueError, match=words):
+            interlace.replace_(model, m, sequence_parallel=sp)
+    assert [type(x) for x in model.modules()] == classes and all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_sequence_parallelism_of_what_is_not_known():
+    model = make("llama")
+    model.model.layers[1].scale = torch.nn.Linear(4, 4).double()
+    with pytest.raises(ValueError, match=r"model.layers.1.scale: sequence_parallel=True must know that it works token by token"):
+        interlace.replace_(model, faked(tp=2), sequence_parallel=True)
+    with pytest.raises(ValueError, match="needs plan='auto'"):
+        interlace.replace_(model, faked(tp=2), plan={"lm_head": "gather"}, sequence_parallel=True)
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="needs one list of decoder layers"):
+        interlace.replace_(plain, faked(tp=2), sequence_parallel=True)
+    assert all(type(m).__module__.startswith(("transformers", "torch")) for m in model.modules())
+
+
+def test_shared_modules_and_meta_models():
+    model = make("gpt2")
+    model.transformer.h[1].mlp = model.transformer.h[0].mlp
+    with pytest.raises(ValueError, match="one instance at"):
+        interlace.replace_(model, faked(tp=2))
+    with pytest.raises(ValueError, match="on meta"):
+        interlace.replace_(make("gpt_oss").to("meta"), faked(tp=2))
+    with pytest.raises(ValueError, match="must not be wrapped yet"):
+        interlace.replace_(torch.compile(make("phi3")), faked(tp=2))
+
+
+def _fails_half_way(rank):
+    """An error while the parts are made leaves the model as it was."""
+    from interlace.parallel.foreign import TransposedRowLinear
+    model, calls, right = make("gpt2"), [], TransposedRowLinear.from_torch.__func__
+    want = step(model, sample())
+
+    def third(cls, module, tp):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("planted")
+        return right(cls, module, tp)
+    try:
+        TransposedRowLinear.from_torch = classmethod(third)
+        with pytest.raises(MemoryError):
+            interlace.replace_(model, mesh(2, 2))
+    finally:
+        TransposedRowLinear.from_torch = classmethod(right)
+    assert not any("interlace" in type(m).__module__ or "_interlace" in vars(m) for m in model.modules())
+    close(step(model, sample()), want, 0)
+
+
+def test_an_error_half_way_changes_nothing():
+    run(2, _fails_half_way)
+
+
+def _recorded(rank):
+    model, batch = make("mixtral"), sample()
+    interlace.replace_(model, mesh(2, 2), sequence_parallel=True)
+    for name in ("output_router_logits", "output_hidden_states"):
+        with pytest.raises(ValueError, match=f"{name} must be unset"):
+            model(**batch, **{name: True})
+    interlace.restore_(model)
+    assert len(model(**batch, output_hidden_states=True).hidden_states) == 3
+
+
+def test_records_of_parts_are_refused():
+    run(2, _recorded)
