@@ -25,6 +25,7 @@ from .replace_kernels import CausalLoss, Change, Fused, fused_class, implementat
 from .replace_layers import Plan as _Plan
 from .replace_layers import gather, make_plan, split_all, whole_all
 from .replace_report import Report, Row, Verification
+from .replace_save import guard, unguard
 
 __all__ = ["replace_", "restore_", "use", "verify"]
 
@@ -45,7 +46,7 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
         only, skip: patterns (fnmatch) of module names to look at, or to leave alone, with all below them.
         strict: raise where a pattern matches nothing, or a candidate has to be left as it is. dry_run: report only.
         sequence_parallel: between the decoder's layers each rank of tp holds its part of the tokens (plan="auto").
-    Returns: Report. Raises: ValueError for a model on meta, wrapped (DDP, FSDP, torch.compile), of mixed dtypes, with one module in
+    Returns: Report. Raises: ValueError for a model partly on meta, wrapped (DDP, FSDP, torch.compile), of mixed dtypes, with one module in
     two places, for patterns that match nothing, for what tp does not divide; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
@@ -55,7 +56,7 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
     chosen, notes = _chosen(model, None if only is None else list(only), skip, strict)
     _check_model(model, chosen)
     layers = make_plan(model, chosen, mesh or Mesh(), plan, strict, sequence_parallel)
-    report = Report(notes=notes + layers.notes, dry_run=dry_run)
+    report = Report(notes=notes + layers.notes + _meta_notes(model), dry_run=dry_run)
     todo: list[tuple[Any, type, Change]] = []
     for name, module in chosen:
         row, found = _look(name, module, names)
@@ -82,6 +83,7 @@ def _put(model: nn.Module, todo: list[tuple[Any, type, Change]], layers: _Plan, 
     try:
         if layers.splits and mesh is not None:
             split_all(model, list(layers.splits.values()), layers.partial, mesh.tp)
+            guard(model)
     except BaseException:
         for module, _, change in todo:
             module.__class__ = change.original
@@ -94,6 +96,7 @@ def restore_(model: nn.Module) -> None:
     are gathered, with their gradients: every rank of tp calls it."""
     if hasattr(model, "_interlace_tp"):
         whole_all(model)
+        unguard(model)
     for module in model.modules():
         change = vars(module).get("_interlace")
         if isinstance(module, Fused) and change is not None:
@@ -142,8 +145,8 @@ def _check_model(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
         if isinstance(m, DistributedDataParallel) or kind in ("FullyShardedDataParallel", "OptimizedModule") or kind.startswith("FSDP"):
             problems.append(f"{name or 'the model'} must not be wrapped yet, got {kind}; call replace_ first, wrap or compile after it")
     params = list(model.named_parameters())
-    if meta := [n for n, p in params if p.is_meta]:
-        problems.append(f"the model must hold its weights, got {meta[0]} and {len(meta) - 1} more on meta; load them first")
+    if (meta := [n for n, p in params if p.is_meta]) and len(meta) < len(params):
+        problems.append(f"the model must hold all its weights or none, got {meta[0]} and {len(meta) - 1} more on meta; load them first")
     if cut := [n for n, p in params if type(p.data).__name__ == "DTensor"]:
         problems.append(f"parameters must be plain tensors, got a DTensor in {cut[0]}; call replace_ before fully_shard")
     dtypes = {p.dtype: n for n, p in reversed(params) if p.is_floating_point()}
@@ -159,6 +162,11 @@ def _check_model(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
     outer = [p for p in shared if not any(p[0].startswith(q[0] + ".") for q in shared)]
     problems += [f"a module must stand in one place, got one instance at {' and '.join(p)}; skip=[{p[0]!r}] leaves it" for p in outer]
     raise_problems("replace_", problems)
+
+
+def _meta_notes(model: nn.Module) -> list[str]:
+    empty = any(p.is_meta for p in model.parameters())
+    return ["the weights are on meta: load_pretrained_(model, folder) fills them"] if empty else []
 
 
 def _look(name: str, module: nn.Module, names: tuple[str, ...]) -> tuple[Row | None, tuple[type, Change] | None]:

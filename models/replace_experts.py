@@ -27,11 +27,10 @@ from ..kernels.comm import all_reduce, combine, dispatch, dispatch_plan
 from ..parallel.foreign import join_tokens, scatter_tokens
 from ..parallel.mesh import Axis, Mesh
 from ..parallel.sharding import Piece, pieces_of, split
+from .replace_kernels import COUNTS, two_experts
 from .replace_split import Plan, Split
 
 __all__ = ["SpreadExperts", "check_experts", "spread_experts"]
-
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")    # attributes that hold E
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,9 @@ def _not_spread(m: Any, params: dict[str, nn.Parameter], E: int) -> str:
         return "parameters are no stacks of experts"
     if list(m.children()) and any(list(c.parameters()) for c in m.children()):
         return "children have parameters"
+    if params["down_proj"].is_meta:
+        m, E = two_experts(m), 2
+        params = dict(m.named_parameters(recurse=False))
     up, down = params["gate_up_proj"], params["down_proj"]
     hidden = up.shape[2] if up.shape[2] == down.shape[1] else up.shape[1]
     x = torch.randn(2, hidden, generator=torch.Generator().manual_seed(4)).to(down)

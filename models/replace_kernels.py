@@ -305,7 +305,7 @@ def _norm(module: Any) -> tuple[type, Change] | str | None:
         return None
     eps: list[float | None] = [v for k, v in vars(module).items() if isinstance(v, float) and 0 <= v < 0.1]
     eps += [None] if getattr(module, "eps", 0) is None else []
-    probe = _as_probe(module)
+    probe = as_probe(module)
     x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(1))
     xs = [x, x * 1e-3, x * 1e-6 + 1e-6]                               # the small ones tell one eps from another
     try:
@@ -340,7 +340,7 @@ def _close(y: Tensor, want: Tensor) -> bool:
     return bool((y.float() - want).abs().max() <= 1e-4 * want.abs().max())
 
 
-def _as_probe(module: nn.Module) -> Any:
+def as_probe(module: nn.Module) -> Any:
     """A copy on the CPU in fp32, with random parameters."""
     probe = copy.copy(module)
     g = torch.Generator().manual_seed(2)
@@ -426,6 +426,9 @@ def _experts(module: nn.Module) -> tuple[type, Change] | str | None:
     w13, w2 = params["gate_up_proj"], params["down_proj"]
     if len(params) > 2 or w13.shape[1] != 2 * w2.shape[2] or w2.shape[1] != w13.shape[2]:
         return "experts with biases, or stored transposed, have no kernel"
+    if w2.is_meta:
+        module = two_experts(module)
+        w13, w2 = module.gate_up_proj, module.down_proj
     x = torch.randn(2, w2.shape[1], generator=torch.Generator().manual_seed(4)).to(w2)
     ids, weights = torch.tensor([[0], [len(w2) - 1]], device=w2.device), torch.tensor([[0.5], [0.25]]).to(w2)
     try:
@@ -441,6 +444,19 @@ def _experts(module: nn.Module) -> tuple[type, Change] | str | None:
     if not torch.is_tensor(got) or got.shape != want.shape or not (got - want).abs().max() <= tolerance * want.abs().max():
         return "its forward is not the weighted sum of down(silu(gate(x)) * up(x)) on a probe"
     return Experts, Change(type(module), "expert_mlp")
+
+
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")    # attributes that hold the number of experts
+
+
+def two_experts(module: nn.Module) -> Any:
+    """A copy of an experts module on the CPU, in fp32, with two random experts: what one on meta computes."""
+    probe: Any = copy.copy(module)
+    g = torch.Generator().manual_seed(2)
+    probe.__dict__["_parameters"] = {n: nn.Parameter(torch.randn(2, *p.shape[1:], generator=g) * 0.1, requires_grad=False)
+                                     for n, p in module.named_parameters(recurse=False)}
+    vars(probe).update({a: 2 for a in COUNTS if a in vars(module)})
+    return probe
 
 
 def recognise_loss(model: Any) -> CausalLoss | str | None:

@@ -27,6 +27,7 @@ from ..parallel.tensor_parallel import (
     complete_gradient,
     copy_part,
 )
+from .replace_kernels import as_probe
 
 __all__ = ["STYLES", "Plan", "Split", "gather", "split_all", "transposed", "whole_all"]
 
@@ -75,6 +76,9 @@ def transposed(m: Any) -> bool:
     w, b = params["weight"], params["bias"]
     if w.dim() != 2 or b.shape != w.shape[1:] or "forward" in vars(m):
         return False
+    if w.is_meta:
+        m = as_probe(m)
+        w, b = m.weight, m.bias
     with torch.no_grad():
         x = torch.randn(2, w.shape[0], generator=torch.Generator().manual_seed(6)).to(w)
         try:

@@ -185,7 +185,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"one dtype.*bfloat16 \(1.weight\)"):
         interlace.replace_(mixed)
     with pytest.raises(ValueError, match="on meta; load them first"):
-        interlace.replace_(nn.LayerNorm(8, device="meta"))
+        interlace.replace_(nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8, device="meta")))
     with pytest.raises(ValueError, match="got one instance at a and b"):
         interlace.replace_(Twice())
     assert not interlace.replace_(Twice(), skip="a").replaced
