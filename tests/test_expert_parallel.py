@@ -327,7 +327,7 @@ def test_a_rank_without_a_row(world, tp, ep, sp, options):
 
 
 def _bad_input(rank, world, static):
-    mesh = _meshes[world, 1, world] = _meshes.get((world, 1, world)) or Mesh.build(Layout(world, ep=world))
+    mesh = mesh_of(Layout(world, ep=world))
     capacity = {"capacity_factor": 2.0, "drop_policy": "position", "pad_expert_input_to_capacity": True} if static else {}
     moe = layer(RouterOptions(enable_routing_replay=True, **capacity), mesh)
     x = torch.randn(world, 4, 2, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7))[rank]
@@ -370,7 +370,7 @@ STATIC = {"capacity_factor": 0.8, "pad_expert_input_to_capacity": True, "input_j
 def _without_values(rank, world, tp, ep, options, reads, sequence=4):
     """Forward and backward over tensors that have shapes and no data: the host can read nothing, and no shape can depend on it. The
     path is that of CUDA: ops as torch.compile sees them, all-to-all in place of shared memory."""
-    mesh = _meshes[world, tp, ep] = _meshes.get((world, tp, ep)) or (Mesh.build(Layout(world, tp=tp, ep=ep)) if world > 1 else Mesh())
+    mesh = mesh_of(Layout(world, tp=tp, ep=ep)) if world > 1 else Mesh()
     moe, seen = layer(RouterOptions(**options), mesh), None
     heap = mock.patch.object(importlib.import_module("interlace.kernels.comm.dispatch"), "_heap", lambda *_: None)
     with heap, mock.patch("torch.compiler.is_compiling", lambda: True), FakeTensorMode():
@@ -405,7 +405,7 @@ def test_more_than_2_to_31_elements():
 
 
 def _static_is_dropping(rank, world, tp, ep, sp, drop, lopsided):
-    mesh = _meshes[world, tp, ep] = _meshes.get((world, tp, ep)) or Mesh.build(Layout(world, tp=tp, ep=ep))
+    mesh = mesh_of(Layout(world, tp=tp, ep=ep))
     every = torch.randn(mesh.dp.size, 4, 2, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).abs()
     results = []
     for pad in (False, True):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from ranks import run
+from ranks import kept, run
 from safetensors.torch import load_file, save_file
 
 import interlace
@@ -16,13 +16,10 @@ from interlace.parallel.mesh import Mesh
 pytest.importorskip("transformers")
 from hf import MODELS, close, make, sample, step
 
-_meshes = {}
 
-
+@kept
 def mesh(t):
-    if t not in _meshes:
-        _meshes[t] = Mesh.build(Layout(world=t, tp=t))
-    return _meshes[t]
+    return Mesh.build(Layout(world=t, tp=t))
 
 
 def on_meta(name, dtype=torch.float32, **more):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from ranks import run
+from ranks import kept, run
 from torch import nn
 
 import interlace
@@ -15,13 +15,10 @@ from interlace.parallel.mesh import Mesh
 pytest.importorskip("transformers")
 from hf import close, make, sample, step, twin
 
-_meshes = {}
 
-
+@kept
 def mesh(t):
-    if t not in _meshes:
-        _meshes[t] = Mesh.build(Layout(world=t, tp=t))
-    return _meshes[t]
+    return Mesh.build(Layout(world=t, tp=t))
 
 
 # ---- Trainer -----------------------------------------------------------------------------------------------------

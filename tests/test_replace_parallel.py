@@ -1,7 +1,7 @@
 """Foreign decoders over tp, sp, ep and dp: logits, loss and every gradient of a split model against the whole one in float64."""
 import pytest
 import torch
-from ranks import run
+from ranks import kept, run
 
 import interlace
 from interlace.kernels.comm import all_reduce
@@ -14,13 +14,10 @@ pytest.importorskip("transformers")
 from hf import MODELS, KeepFloat64, close, make, sample, step
 
 MOE = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
-_meshes = {}
 
-
+@kept
 def mesh(world, tp, ep=1):
-    if (world, tp, ep) not in _meshes:
-        _meshes[world, tp, ep] = Mesh.build(Layout(world=world, tp=tp, ep=ep))
-    return _meshes[world, tp, ep]
+    return Mesh.build(Layout(world=world, tp=tp, ep=ep))
 
 
 def batch_of(d, length=9):
