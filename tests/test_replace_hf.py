@@ -19,7 +19,7 @@ EXPECTED = {                                                          # kernels 
     "qwen3_moe": {"rms_norm": 9, "rope": 2, "expert_mlp": 2, "cross_entropy": 1},
     "olmoe": {"rms_norm": 9, "rope": 2, "expert_mlp": 2, "cross_entropy": 1},
     "gpt_oss": {"rms_norm": 5, "cross_entropy": 1},                   # its experts have biases, clamps and a gate of their own
-    "deepseek_v3": {"rms_norm": 9, "swiglu": 2, "expert_mlp": 1, "cross_entropy": 1},
+    "deepseek_v3": {"rms_norm": 9, "rope": 2, "swiglu": 2, "expert_mlp": 1, "cross_entropy": 1},
 }
 
 
