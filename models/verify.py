@@ -90,8 +90,8 @@ def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plan
             found += _pieces("gradient", models, [dict(optimizer.state("grad")) for optimizer in optimizers])
         seen = [take_statistics(ddp.module, ddp.mesh) for ddp in ddps]
         for name, got in seen[1].items():
-            found.append(_compare("balancing losses", f"layer {name}, step {step}", got.losses, seen[0][name].losses))
-            found.append(_compare("tokens per expert", f"layer {name}, step {step}", got.tokens.double(), seen[0][name].tokens.double()))
+            found.append(_compare("balancing losses", f"{name}, step {step}", got.losses, seen[0][name].losses))
+            found.append(_compare("tokens per expert", f"{name}, step {step}", got.tokens.double(), seen[0][name].tokens.double()))
         lr = learning_rate(optim, step, steps)
         norms = [torch.tensor(o.step(lr, wait=False), dtype=torch.float64) for o in optimizers]
         found.append(_compare("gradient norm", f"step {step}", norms[1], norms[0]))
