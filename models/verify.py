@@ -116,7 +116,8 @@ class _Inputs:
 
     def against(self, true: _Inputs) -> list[Finding]:
         """One for each layer, the worst of its micro-batches. Its cause: another layer or micro-batch, whose input it is."""
-        (rank, size), found = self.tp, {}
+        found: dict[int, Finding] = {}
+        rank, size = self.tp
         want = {at: h[rank * (h.shape[0] // size):(rank + 1) * (h.shape[0] // size)] for at, h in true.seen.items()}
         for (layer, first), got in sorted(self.seen.items()):
             one = _compare("activation", f"layers.{layer} input", got, want[layer, first])

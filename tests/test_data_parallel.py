@@ -257,7 +257,8 @@ def test_weights_are_gathered_while_the_next_forward_runs():
 
 def _gather_fails(rank):
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).double()
-    opt = Optimizer(DistributedDataParallel(model, mesh2(), bucket_size=1024, use_distributed_optimizer=True), OptimConfig(lr=0.1, min_lr=0))
+    ddp = DistributedDataParallel(model, mesh2(), bucket_size=1024, use_distributed_optimizer=True)
+    opt = Optimizer(ddp, OptimConfig(lr=0.1, min_lr=0))
 
     def dies(*args, **kwargs):
         raise PeerDied("rank 1 of group 'dp' died")
