@@ -3,6 +3,7 @@
 Float32 parameters; bfloat16: fp32 masters are stepped and copied into bf16 parameters. Each sample is a step of the same run.
 """
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..kernels import adamw
 from .cases import Case, Make, Way, Ways, grid
 
-HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
+HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
 DECAY, CLIP = 0.1, 1 - 2**-12                                          # peers clip the same gradients again and again, in place
 
 
@@ -48,7 +49,7 @@ def ways(case: Case, make: Make) -> Ways:
             return tuple(mine)
         return run
 
-    def theirs(dtype: torch.dtype = torch.float32, **how: bool) -> Callable[[], tuple[Tensor, ...]]:
+    def theirs(dtype: torch.dtype = torch.float32, **how: Any) -> Callable[[], tuple[Tensor, ...]]:
         mine, copies, gs = made(dtype)
         groups = [{"params": [w for w, d in zip(mine, decays) if d == decay], "weight_decay": decay} for decay in (0.0, DECAY)]
         opt = torch.optim.AdamW(groups, **HYPER, **how)

@@ -20,4 +20,5 @@ def ways(case: Case, make: Make) -> Ways:
     n = sum(g.numel() for g in grads)
     return Ways(tuple(grads), lambda *grads: get_total_norm(grads), lambda *grads: grad_norm(grads), {
         "torch eager": lambda *grads: get_total_norm(grads, foreach=False),
-        "torch foreach": lambda *grads: get_total_norm(grads, foreach=True), "torch eager in fp64": stacked}, nbytes=(n * make.dtype.itemsize, 0), flops=(2 * n, 0))
+        "torch foreach": lambda *grads: get_total_norm(grads, foreach=True), "torch eager in fp64": stacked},
+        nbytes=(n * make.dtype.itemsize, 0), flops=(2 * n, 0))

@@ -205,7 +205,7 @@ def _step(N: int) -> list[Case]:
     """A part of a flat buffer, N numbers: fp32 ones, and fp32 masters of bf16 parameters. The floors count what is read and written once,
     and the table of chunks not at all."""
     def launch(dt: torch.dtype) -> None:
-        flat, copies = lambda: [_new(N)], [_new(N, dtype=dt)] if dt != torch.float32 else []     # noqa: E731
+        flat, copies = lambda: [_new(N)], [_new(N, dtype=dt)] if dt != torch.float32 else []
         ADAMW._launch(flat(), flat(), flat(), flat(), copies, [0.1], 1e-3, 0.9, 0.95, 1e-8, 1, 1.0)
     return [Case("adamw", str(N), launch, {"_kernel": lambda s: (18 if s == 2 else 16) * N}, 15 * N),
             Case("grad_norm", str(N), lambda dt: NORM._launch([_new(N, dtype=dt)], [1.0]), {"_kernel": lambda s: N * s}, 2 * N)]

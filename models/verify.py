@@ -90,8 +90,8 @@ def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plan
             found += _pieces("gradient", models, [dict(optimizer.state("grad")) for optimizer in optimizers])
         seen = [take_statistics(ddp.module, ddp.mesh) for ddp in ddps]
         for name, got in seen[1].items():
-            found.append(_compare("balancing losses", f"layer {name}, step {step}", got.losses, seen[0][name].losses))
-            found.append(_compare("tokens per expert", f"layer {name}, step {step}", got.tokens.double(), seen[0][name].tokens.double()))
+            found.append(_compare("balancing losses", f"{name}, step {step}", got.losses, seen[0][name].losses))
+            found.append(_compare("tokens per expert", f"{name}, step {step}", got.tokens.double(), seen[0][name].tokens.double()))
         lr = learning_rate(optim, step, steps)
         norms = [torch.tensor(o.step(lr, wait=False), dtype=torch.float64) for o in optimizers]
         found.append(_compare("gradient norm", f"step {step}", norms[1], norms[0]))
@@ -116,7 +116,8 @@ class _Inputs:
 
     def against(self, true: _Inputs) -> list[Finding]:
         """One for each layer, the worst of its micro-batches. Its cause: another layer or micro-batch, whose input it is."""
-        (rank, size), found = self.tp, {}
+        found: dict[int, Finding] = {}
+        rank, size = self.tp
         want = {at: h[rank * (h.shape[0] // size):(rank + 1) * (h.shape[0] // size)] for at, h in true.seen.items()}
         for (layer, first), got in sorted(self.seen.items()):
             one = _compare("activation", f"layers.{layer} input", got, want[layer, first])

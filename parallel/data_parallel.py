@@ -111,7 +111,8 @@ class _Worker:
     def __init__(self) -> None:
         self.jobs: queue.Queue[tuple[Callable[[], Any], threading.Event] | None] = queue.Queue()
         self.error: BaseException | None = None
-        threading.Thread(target=self._run, name="interlace-reduce", daemon=True).start()   # daemon: an exit must not wait for a peer
+        self.thread = threading.Thread(target=self._run, name="interlace-reduce", daemon=True)   # an exit must not wait for a peer
+        self.thread.start()
 
     def _run(self) -> None:
         while (entry := self.jobs.get()) is not None:
@@ -125,6 +126,12 @@ class _Worker:
                 done.set()
                 del entry, job                                        # it holds the buffers
                 self.jobs.task_done()
+
+    def close(self) -> None:
+        """No more jobs. The end of a process aborts where it finds a daemon thread in C++: up to 5 s for what is under way."""
+        self.jobs.put(None)
+        if threading.current_thread() is not self.thread:
+            self.thread.join(5)
 
     def check(self) -> None:
         if self.error is not None:
@@ -186,7 +193,7 @@ class DistributedDataParallel(nn.Module):
                 heap_of(buffer.axis.group)                            # made here, together, and not by the thread
                 self.worker = self.worker or _Worker()
         if self.worker is not None:
-            weakref.finalize(self, self.worker.jobs.put, None)
+            weakref.finalize(self, self.worker.close)
         arrived = weakref.WeakMethod(self._arrived)                  # hooks are hidden from the garbage collector: a strong one keeps all
         for p in order:
             p.register_post_accumulate_grad_hook(lambda p: call(p) if (call := arrived()) is not None else None)

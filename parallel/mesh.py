@@ -5,8 +5,7 @@
     axis "tp" of rank r = the ranks that differ from r only along tp
 
 This is Megatron's order tp-cp-ep-dp-pp with cp = 1. `groups_of` and `rank_table` are integer arithmetic and need no
-torch; `Mesh.build` is the one place that makes process groups. An axis has groups of its own, except that ep takes those of tp,
-and edp those of dp, where their ranks are the same: one thread calls both, in one order (dp and edp: the one that reduces gradients).
+torch; `Mesh.build` is the one place that makes process groups.
 """
 from __future__ import annotations
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 DENSE = ("pp", "dp", "tp")
 EXPERT = ("pp", "edp", "ep")
-SHARES = {"ep": "tp", "edp": "dp"}                                    # making a group is a connection from each rank to each other
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,11 @@ class Mesh:
             raise ValueError(f"Mesh: the layout must cover every rank, got {layout.world} ranks in the layout and "
                              f"{world} in the world; start {layout.world} ranks or change the sizes")
         me = dist.get_rank() if world > 1 else 0
-        groups: dict[tuple, dist.ProcessGroup | None] = {}
 
         def axis(name: str, rows: list[tuple[int, ...]]) -> Axis:
             mine = next((r for r in rows if me in r), (me,))
-            key = SHARES.get(name, name), *rows
-            if key not in groups and any(len(r) > 1 for r in rows):   # collective: ranks that are in none take part
-                groups[key], _ = dist.new_subgroups_by_enumeration([list(r) for r in rows])
-            return Axis(name, len(mine), mine.index(me), mine, groups[key] if len(mine) > 1 else None)
+            group = None
+            if any(len(r) > 1 for r in rows):                         # collective: ranks that are in none take part
+                group, _ = dist.new_subgroups_by_enumeration([list(r) for r in rows])
+            return Axis(name, len(mine), mine.index(me), mine, group if len(mine) > 1 else None)
         return cls(**{n: axis(n, rows) for n, rows in rank_table(layout).items() if n in cls.__dataclass_fields__})

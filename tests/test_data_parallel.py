@@ -237,6 +237,65 @@ def test_zero1_plain_and_one_process_have_the_same_bits(world, tp):
     run(world, _same_bits, world, tp)
 
 
+def _gathers_in_the_next_forward(rank):
+    """The last layer's weights come only after the first layer's forward has run: a step that waits for all would never end."""
+    mesh, first_ran, threads = mesh2(), threading.Event(), set()
+    models = [nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(4))).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for p, q in zip(models[0].parameters(), models[1].parameters()):
+        torch.distributed.broadcast(p.data, 0, group=mesh.dp.group)
+        q.data.copy_(p.data)
+    opts = [Optimizer(DistributedDataParallel(m, mesh, bucket_size=1024, use_distributed_optimizer=True),
+                      OptimConfig(lr=0.1, min_lr=0.0)) for m in models]
+    plain, last = data_parallel.all_gather, opts[1].ddp.buckets[0].buffer.weights
+
+    def late(own, group, out):
+        threads.add(threading.current_thread().name)
+        if out.data_ptr() == last.data_ptr():                         # bucket 0: the last layer's
+            assert first_ran.wait(120), "a forward waited for weights that it does not read yet"
+        return plain(own, group, out=out)
+    x = torch.randn(3, 32, dtype=F64, generator=torch.Generator().manual_seed(rank))
+    for step in range(3):
+        for opt, wait in zip(opts, (True, False)):
+            opt.ddp(x).square().sum().backward()
+            data_parallel.all_gather = plain if wait or step else late
+            opt.step(0.1, wait=wait)
+        if step == 0:
+            assert len(opts[1].ddp.coming) == 4
+            hook = models[1][1].register_forward_hook(lambda *_: first_ran.set())
+            assert torch.equal(opts[0].ddp(x), opts[1].ddp(x)) and first_ran.is_set() and not opts[1].ddp.coming
+            hook.remove()
+            data_parallel.all_gather = plain
+        opts[1].ddp.ready()                                           # the other model's gradients go over the same axis
+    assert threads == {"interlace-reduce"} and all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters()))
+
+
+def test_weights_are_gathered_while_the_next_forward_runs():
+    run(2, _gathers_in_the_next_forward)
+
+
+def _gather_fails(rank):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).double()
+    ddp = DistributedDataParallel(model, mesh2(), bucket_size=1024, use_distributed_optimizer=True)
+    opt = Optimizer(ddp, OptimConfig(lr=0.1, min_lr=0))
+
+    def dies(*args, **kwargs):
+        raise PeerDied("rank 1 of group 'dp' died")
+    x = torch.ones(1, 32, dtype=F64)
+    opt.ddp(x).sum().backward()
+    plain, data_parallel.all_gather = data_parallel.all_gather, dies
+    try:
+        opt.step(0.1, wait=False)
+        with pytest.raises(PeerDied, match="rank 1 of group 'dp' died"):
+            opt.ddp(x)
+    finally:
+        data_parallel.all_gather = plain
+
+
+def test_a_gather_that_fails_is_raised_by_the_forward():
+    run(2, _gather_fails)
+
+
 # ---- experts --------------------------------------------------------------------------------------------------
 
 

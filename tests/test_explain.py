@@ -107,7 +107,7 @@ class Counted(TorchDispatchMode):
         comm, data = sys.modules["interlace.kernels.comm.dispatch"], data_parallel_module
         for module, name, mine in ((comm, "_dispatch", self.dispatch), (comm, "_combine", self.combine),
                                    (PipelineStage, "get_fwd_send_ops", self.send), (PipelineStage, "get_bwd_send_ops", self.send),
-                                   (data, "all_reduce", self.threaded), (data, "reduce_scatter", self.threaded)):
+                                   *((data, op, self.threaded) for op in ("all_reduce", "reduce_scatter", "all_gather"))):
             plain = getattr(module, name)
             setattr(module, name, wrapped(mine, plain))
             self.undo.append((module, name, plain))
