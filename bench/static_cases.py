@@ -47,27 +47,33 @@ def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _norms(N: int, D: int) -> list[Case]:
-    """Llama 70B's width 8192, and GPT-3's 12288 in a masked block of 16384, the widest that is taken."""
+    """Llama 70B's width 8192, and GPT-3's 12288 in a masked block of 16384, whose backward is two kernels."""
     x: Callable[[torch.dtype], Tensor] = lambda dt: _new(N, D, dtype=dt)      # noqa: E731
     w: Callable[[torch.dtype], Tensor] = lambda dt: _new(D, dtype=dt)         # noqa: E731
     stat, size = lambda: _new(N), f"{N}x{D}"
+
+    def bwd(rows: int, vectors: int, stats: int) -> dict[str, Floor]:
+        """In one kernel, or its sums and the rest."""
+        floor: Floor = lambda s: (rows * N * D + vectors * D) * s + stats * N                 # noqa: E731
+        return {"_bwd_kernel": floor} if D <= RMS.ONE_PASS else {
+            "_sums_kernel": lambda s: (2 * N * D + D) * s + stats * N, "_columns_kernel": floor}
     return [
         Case("rms_norm", size, lambda dt: RMS._launch_fwd(x(dt), None, w(dt), 1e-6),
              {"_fwd_kernel": lambda s: (2 * N * D + D) * s + 4 * N}, 4 * N * D),
         Case("rms_norm", f"add {size}", lambda dt: RMS._launch_fwd(x(dt), x(dt), w(dt), 1e-6),
              {"_fwd_kernel": lambda s: (4 * N * D + D) * s + 4 * N}, 5 * N * D),
         Case("rms_norm", size, lambda dt: RMS._launch_bwd(x(dt), x(dt), w(dt), stat(), _new(0, dtype=dt)),
-             {"_bwd_kernel": lambda s: (3 * N * D + 2 * D) * s + 4 * N}, 9 * N * D),
+             bwd(3, 2, 4), 9 * N * D),
         Case("rms_norm", f"add {size}", lambda dt: RMS._launch_bwd(x(dt), x(dt), w(dt), stat(), x(dt)),
-             {"_bwd_kernel": lambda s: (4 * N * D + 2 * D) * s + 4 * N}, 10 * N * D),
+             bwd(4, 2, 4), 10 * N * D),
         Case("layer_norm", size, lambda dt: LN._launch_fwd(x(dt), None, w(dt), w(dt), 1e-5),
              {"_fwd_kernel": lambda s: (2 * N * D + 2 * D) * s + 8 * N}, 7 * N * D),
         Case("layer_norm", f"add {size}", lambda dt: LN._launch_fwd(x(dt), x(dt), w(dt), w(dt), 1e-5),
              {"_fwd_kernel": lambda s: (4 * N * D + 2 * D) * s + 8 * N}, 8 * N * D),
         Case("layer_norm", size, lambda dt: LN._launch_bwd(x(dt), x(dt), w(dt), stat(), stat(), None, True),
-             {"_bwd_kernel": lambda s: (3 * N * D + 3 * D) * s + 8 * N}, 12 * N * D),
+             bwd(3, 3, 8), 12 * N * D),
         Case("layer_norm", f"add {size}", lambda dt: LN._launch_bwd(x(dt), x(dt), w(dt), stat(), stat(), x(dt), True),
-             {"_bwd_kernel": lambda s: (4 * N * D + 3 * D) * s + 8 * N}, 13 * N * D),
+             bwd(4, 3, 8), 13 * N * D),
     ]
 
 

@@ -34,8 +34,8 @@ except ImportError:                                                   # no wheel
 
     triton = tl = _Absent()
 
-__all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "build_info", "cpu_flags", "define", "differentiable", "fused", "not_built",
-           "row_warps", "tl", "traced", "triton", "tune_malloc"]
+__all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "ONE_PASS", "build_info", "cpu_flags", "define", "differentiable", "fused",
+           "not_built", "row_programs", "row_warps", "tl", "traced", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -160,6 +160,14 @@ def fused(*tensors: Tensor) -> bool:
 def row_warps(block: int) -> int:
     """num_warps of a kernel that holds a row of `block` in registers: 16 elements a thread, where 64 would spill."""
     return min(32, max(4, block // 512))
+
+
+ONE_PASS = 8192                                                       # widest row that a norm's backward holds in registers, with its dw
+
+
+def row_programs(x: Tensor) -> int:
+    """Programs of a kernel that walks rows and leaves one partial sum of them each."""
+    return 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
 def tune_malloc() -> bool:

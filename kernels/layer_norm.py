@@ -6,6 +6,7 @@ Backward  g = dy * w;  dx = rstd * (g - mean(g, -1) - xhat * mean(g * xhat, -1))
           dw = sum(dy * xhat, 0);  db = sum(dy, 0)
           add_layer_norm: dresidual = dx; dh is the gradient of the returned h.
 Bytes     fwd (2ND + 2D) * itemsize + 8N (add: 4ND)    bwd (3ND + 3D) * itemsize + 8N + 16PD   (P = number of partials)
+          over D = 8192 bwd 5ND in Triton, as in rms_norm
 FLOPs     fwd 7ND   bwd 12ND  -> bandwidth-bound
 Numerics  mean first, then the centred squares (no cancellation), in fp32; dw and db partials in fp32, on CPU summed in
           fp64 every 64 rows; one rounding per output. One row per step: D <= 16384 in Triton.
@@ -13,7 +14,7 @@ Numerics  mean first, then the centred squares (no cancellation), in fp32; dw an
 import torch
 from torch import Tensor
 
-from .dispatch import define, differentiable, fused, row_warps, tl, triton
+from .dispatch import ONE_PASS, define, differentiable, fused, row_programs, row_warps, tl, triton
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -86,6 +87,52 @@ def _bwd_kernel(dy_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dh_ptr, dx_ptr, dw_ptr
         tl.store(db_ptr + pid * D + offs, db, mask=mask)
 
 
+@triton.jit
+def _sums_kernel(dy_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, c_ptr, D, BLOCK_D: tl.constexpr):
+    """c = (mean(g), mean(g * xhat)) of a row of any width."""
+    row = tl.program_id(0).to(tl.int64)
+    mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+    c = tl.zeros([BLOCK_D], dtype=tl.float32)
+    cx = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for first in range(0, D, BLOCK_D):
+        offs = first + tl.arange(0, BLOCK_D)
+        mask = offs < D
+        x = tl.load(h_ptr + row * D + offs, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * D + offs, mask=mask, other=0.0).to(tl.float32)
+        g = dy * tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        c += g
+        cx += g * ((x - mean) * rstd)
+    tl.store(c_ptr + 2 * row, tl.sum(c, axis=0) / D)
+    tl.store(c_ptr + 2 * row + 1, tl.sum(cx, axis=0) / D)
+
+
+@triton.jit
+def _columns_kernel(dy_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, c_ptr, dh_ptr, dx_ptr, dw_ptr, db_ptr, N, D, DH: tl.constexpr,
+                    BIAS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """dx, dw and db of some columns of strided rows, whose sums are known."""
+    pid = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = offs < D
+    w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK_D], dtype=tl.float32)
+    db = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for row in range(pid, N, tl.num_programs(0)):
+        at = row * D + offs
+        rstd = tl.load(rstd_ptr + row)
+        xhat = (tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32) - tl.load(mean_ptr + row)) * rstd
+        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        dx = rstd * (dy * w - tl.load(c_ptr + 2 * row) - xhat * tl.load(c_ptr + 2 * row + 1))
+        if DH:
+            dx += tl.load(dh_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        dw += dy * xhat
+        if BIAS:
+            db += dy
+        tl.store(dx_ptr + at, dx, mask=mask)
+    tl.store(dw_ptr + pid * D + offs, dw, mask=mask)
+    if BIAS:
+        tl.store(db_ptr + pid * D + offs, db, mask=mask)
+
+
 # ---- ops ------------------------------------------------------------------------------------------------------
 
 
@@ -104,12 +151,16 @@ def _launch_fwd(x: Tensor, residual: Tensor | None, w: Tensor, b: Tensor | None,
 def _launch_bwd(dy: Tensor, h: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, dh: Tensor | None,
                 bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     N, D = rstd.numel(), h.shape[-1]
-    P = min(N, 4 * torch.cuda.get_device_properties(h.device).multi_processor_count) if h.is_cuda else min(N, 4)
+    P = min(N, row_programs(h))
     dx = torch.empty_like(h)
     dw, db = (h.new_empty(P, width, dtype=torch.float32) for width in (D, D * bias))
-    if N:
+    if N and D <= ONE_PASS:
         block = triton.next_power_of_2(D)
         _bwd_kernel[(P,)](dy, h, w, mean, rstd, dh, dx, dw, db, N, D, dh is not None, bias, block, num_warps=row_warps(block))
+    elif N:
+        c = rstd.new_empty(N, 2)
+        _sums_kernel[(N,)](dy, h, w, mean, rstd, c, D, 2048, num_warps=8)
+        _columns_kernel[(P, triton.cdiv(D, 1024))](dy, h, w, mean, rstd, c, dh, dx, dw, db, N, D, dh is not None, bias, 1024)
     return dx, dw.sum(0).to(w.dtype), db.sum(0).to(w.dtype)
 
 

@@ -5,13 +5,14 @@ Shapes    x, residual, h, y, dy, dh, dx [N, D]    w, dw [D]    rstd [N] fp32 (fp
 Backward  xhat = h * rstd;  g = dy * (w + offset);  dx = rstd * (g - xhat * mean(g * xhat, -1)) + dh;  dw = sum(dy * xhat, 0)
           add_rms_norm: dresidual = dx; dh is the gradient of the returned h.
 Bytes     fwd (2ND + D) * itemsize + 4N (add: 4ND)     bwd (3ND + 2D) * itemsize + 4N + 8PD   (P = number of partial sums)
+          over D = 8192 bwd 5ND in Triton: a row, its dw and w spill there, so that its sum is a kernel of its own
 FLOPs     fwd 4ND   bwd 9ND  -> bandwidth-bound
 Numerics  statistics, w + offset and dw partials in fp32, one rounding per output. One row per step: D <= 16384 in Triton.
 """
 import torch
 from torch import Tensor
 
-from .dispatch import define, differentiable, fused, row_warps, tl, triton
+from .dispatch import ONE_PASS, define, differentiable, fused, row_programs, row_warps, tl, triton
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -69,6 +70,42 @@ def _bwd_kernel(dy_ptr, h_ptr, w_ptr, rstd_ptr, dh_ptr, dx_ptr, dw_ptr, N, D, of
     tl.store(dw_ptr + pid * D + offs, dw, mask=mask)                  # [P, D] partials, summed by the launcher
 
 
+@triton.jit
+def _sums_kernel(dy_ptr, h_ptr, w_ptr, rstd_ptr, c_ptr, D, offset, BLOCK_D: tl.constexpr):
+    """c = mean(g * xhat) of a row of any width."""
+    row = tl.program_id(0).to(tl.int64)
+    rstd = tl.load(rstd_ptr + row)
+    c = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for first in range(0, D, BLOCK_D):
+        offs = first + tl.arange(0, BLOCK_D)
+        mask = offs < D
+        x = tl.load(h_ptr + row * D + offs, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * D + offs, mask=mask, other=0.0).to(tl.float32)
+        c += dy * (tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32) + offset) * (x * rstd)
+    tl.store(c_ptr + row, tl.sum(c, axis=0) / D)
+
+
+@triton.jit
+def _columns_kernel(dy_ptr, h_ptr, w_ptr, rstd_ptr, c_ptr, dh_ptr, dx_ptr, dw_ptr, N, D, offset, DH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """dx and dw of some columns of strided rows, whose sums are known."""
+    pid = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = offs < D
+    w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32) + offset
+    dw = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for row in range(pid, N, tl.num_programs(0)):
+        at = row * D + offs
+        rstd = tl.load(rstd_ptr + row)
+        xhat = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32) * rstd
+        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        dx = rstd * (dy * w - xhat * tl.load(c_ptr + row))
+        if DH:
+            dx += tl.load(dh_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        dw += dy * xhat
+        tl.store(dx_ptr + at, dx, mask=mask)
+    tl.store(dw_ptr + pid * D + offs, dw, mask=mask)
+
+
 # ---- ops ------------------------------------------------------------------------------------------------------
 
 
@@ -85,11 +122,15 @@ def _launch_fwd(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, offse
 
 def _launch_bwd(dy: Tensor, h: Tensor, w: Tensor, rstd: Tensor, dh: Tensor, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     N, D = rstd.numel(), h.shape[-1]
-    P = min(N, 4 * torch.cuda.get_device_properties(h.device).multi_processor_count) if h.is_cuda else min(N, 4)
+    P = min(N, row_programs(h))
     dx, dw = torch.empty_like(h), h.new_empty(P, D, dtype=torch.float32)
-    if N:
+    if N and D <= ONE_PASS:
         block = triton.next_power_of_2(D)
         _bwd_kernel[(P,)](dy, h, w, rstd, dh, dx, dw, N, D, offset, dh.numel() > 0, block, num_warps=row_warps(block))
+    elif N:
+        c = torch.empty_like(rstd)
+        _sums_kernel[(N,)](dy, h, w, rstd, c, D, offset, 2048, num_warps=8)
+        _columns_kernel[(P, triton.cdiv(D, 1024))](dy, h, w, rstd, c, dh, dx, dw, N, D, offset, dh.numel() > 0, 1024)
     return dx, dw.sum(0).to(w.dtype)
 
 

@@ -21,8 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(Tensor x, Tensor w, std::optional<Tensor>
     T* yp = out<T>(y);
     A *mp = out<A>(mean), *rp = out<A>(rstd);
     rows(N, D, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; n += 4)
-        layer_rows<T, A>(xp + n * D, wp, bp, yp + n * D, mp + n, rp + n, std::min<int64_t>(4, end - n), D, A(eps));
+      for (int64_t n = begin; n < end; n++) mp[n] = layer_row<T, A>(xp + n * D, wp, bp, yp + n * D, rp[n], D, A(eps));
     });
   });
   return {y, mean, rstd};
@@ -38,48 +37,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_fwd(Tensor x, Tensor residual, Te
     T *hp = out<T>(h), *yp = out<T>(y);
     A *mp = out<A>(mean), *rp = out<A>(rstd);
     rows(N, D, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; n += 4) {
-        const int64_t count = std::min<int64_t>(4, end - n);
+      for (int64_t n = begin; n < end; n++) {
         const T *xr = xp + n * D, *sr = sp + n * D;
         T* hr = hp + n * D;
 #pragma omp simd
-        for (int64_t i = 0; i < count * D; i++) hr[i] = down<T>(up(xr[i]) + up(sr[i]));
-        layer_rows<T, A>(hr, wp, bp, yp + n * D, mp + n, rp + n, count, D, A(eps));
+        for (int64_t i = 0; i < D; i++) hr[i] = down<T>(up(xr[i]) + up(sr[i]));
+        mp[n] = layer_row<T, A>(hr, wp, bp, yp + n * D, rp[n], D, A(eps));
       }
     });
   });
   return {h, y, mean, rstd};
 }
 
-// Sums of the backward run in 32 lanes, folded by halves: 119 us against 138 at [1024, 256] in bf16.
-constexpr int LANES = 32;
-
-template <int W = LANES / 2, class A> inline A fold(A* s) {
-  for (int j = 0; j < W; j++) s[j] += s[j + W];
-  if constexpr (W > 1) return fold<W / 2>(s);
-  return s[0];
-}
-
 // One row of dx, and its terms of dw and db. dh is read only with DH.
 template <bool DH, class T, class A>
 void row_bwd(const T* dy, const T* h, const T* w, const T* dh, A m, A r, T* dx, A* dw, A* db, int64_t D) {
-  A s[LANES] = {}, sx[LANES] = {}, g = 0, gx = 0;  // sums of dy * w and of dy * w * (h - m)
-  int64_t k = 0;
-  for (; k + LANES <= D; k += LANES) {
-#pragma omp simd
-    for (int j = 0; j < LANES; j++) {
-      const A t = up(dy[k + j]) * up(w[k + j]);
-      s[j] += t;
-      sx[j] += t * (up(h[k + j]) - m);
-    }
-  }
-  for (; k < D; k++) {
-    const A t = up(dy[k]) * up(w[k]);
-    g += t;
-    gx += t * (up(h[k]) - m);
-  }
-  g = (g + fold(s)) / A(D);
-  gx = (gx + fold(sx)) * r / A(D);
+  const A g = sum<A>(D, [=](int64_t i) { return up(dy[i]) * up(w[i]); }) / A(D);
+  const A gx = sum<A>(D, [=](int64_t i) { return up(dy[i]) * up(w[i]) * (up(h[i]) - m); }) * r / A(D);
 #pragma omp simd
   for (int64_t i = 0; i < D; i++) {
     const A d = up(dy[i]), xhat = (up(h[i]) - m) * r;

@@ -43,19 +43,17 @@ template <class T> struct Norm {
   void run(int64_t at, int64_t m, const void* const* from) const {
     rows(m, D * world, [&](int64_t begin, int64_t end) {
       const T* row[64];
-      for (int64_t n = begin; n < end; n += 4) {
-        const int64_t count = std::min<int64_t>(4, end - n), first = at + n;
-        for (int64_t k = 0; k < count; k++) {
-          for (int r = 0; r < world; r++) row[r] = static_cast<const T*>(from[r]) + (n + k) * D;
-          const T* res = residual + (first + k) * D;
-          T* to = h + (first + k) * D;
-          if (world == 2) sum<2>(row, res, to);
-          else if (world == 3) sum<3>(row, res, to);
-          else if (world == 4) sum<4>(row, res, to);
-          else sum_any(row, res, to);
-          if (!b) rstd[first + k] = rms_row<T, A>(to, w, y + (first + k) * D, D, eps);
-        }
-        if (b) layer_rows<T, A>(h + first * D, w, b, y + first * D, mean + first, rstd + first, count, D, eps);
+      for (int64_t n = begin; n < end; n++) {
+        const int64_t i = at + n;
+        for (int r = 0; r < world; r++) row[r] = static_cast<const T*>(from[r]) + n * D;
+        const T* res = residual + i * D;
+        T* to = h + i * D;
+        if (world == 2) sum<2>(row, res, to);
+        else if (world == 3) sum<3>(row, res, to);
+        else if (world == 4) sum<4>(row, res, to);
+        else sum_any(row, res, to);
+        if (b) mean[i] = layer_row<T, A>(to, w, b, y + i * D, rstd[i], D, eps);
+        else rstd[i] = rms_row<T, A>(to, w, y + i * D, D, eps);
       }
     });
   }
