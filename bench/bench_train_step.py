@@ -74,7 +74,7 @@ def _torch_gpt(s: dict[str, int], moe: bool = False) -> TorchGPT:
     c = Config(s["L"], s["D"], s["F"], s["H"], s["V"], s["S"])
     model = TorchGPT(c)
     for block in model.blocks if moe else ():
-        block.mlp = EagerMoE(c, EXPERTS, TOPK, ModelConfig.moe_aux_loss_coeff, dist.group.WORLD if dist.is_initialized() else None)
+        block.mlp = EagerMoE(c, EXPERTS, TOPK, _config(s, moe).balancing["aux_loss"], dist.group.WORLD if dist.is_initialized() else None)
     weights = {name: piece.local(p.detach()) for name, piece, p in named_pieces(GPT(_config(s, moe), vocab_size=s["V"], seed=1))}
     named = {".".join(THEIRS.get(w, w) for w in name.split(".")): t.clone() for name, t in weights.items()}
     model.load_state_dict({name: named[name] for name in model.state_dict()})

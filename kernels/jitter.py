@@ -1,4 +1,4 @@
-"""jitter: y = x * f,   f = 1 + eps * (2 u - 1), uniform in [1 - eps, 1 + eps),   u = 24 bits of dropout's hash: a router's input in training
+"""jitter: y = x * f,   f = 1 + eps * (2 u - 1), uniform in [1 - eps, 1 + eps),   u = 24 bits of dropout's hash: noise on a router's input
 
 Shapes    x, y, dy, dx [...], any number of dims that merge to at most 4
 Index     of an element in the tensor of which x is a shard: base + sum_d i_d * strides[d]. Every layout of ranks draws the same

@@ -40,8 +40,8 @@ class Shared(nn.Module):
 
 
 def layer(options=None, mesh=None, activation="swiglu", experts=E, **more):
-    made = MoELayer(D, FF, experts, options or RouterOptions(), mesh, activation=activation, init_std=0.3, output_std=0.3, dtype=torch.float64,
-                    seed=SEED, **more)
+    made = MoELayer(D, FF, experts, options or RouterOptions(), mesh, activation=activation, init_std=0.3, output_std=0.3,
+                    dtype=torch.float64, seed=SEED, **more)
     init_parameters(made, seed=5)
     return made
 
@@ -262,7 +262,7 @@ def test_replay_takes_the_recorded_choices(recompute):
     torch.testing.assert_close(new.gate.weight.grad, weights["gate.weight"].grad, rtol=1e-10, atol=1e-12)
     with replay_routing(holder, routes), pytest.raises(ValueError, match=r"starts at sample 5, got \{6: \[4, 2, 2\]\}"):
         new(x, 5)
-    with pytest.raises(ValueError, match="set model.moe_enable_routing_replay=true"), record_routing(layer()):
+    with pytest.raises(ValueError, match=r"set model.moe_enable_routing_replay=true"), record_routing(layer()):
         pass
 
 
@@ -400,7 +400,7 @@ def test_static_capacity_reads_nothing(world, tp, ep):
 def test_more_than_2_to_31_elements():
     """Shapes alone, for want of memory: 3.2e9 numbers pass through the layer; 2^31 slots and more are refused before anything runs."""
     _without_values(0, 1, 1, 1, STATIC, False, sequence=2**27)
-    with pytest.raises(ValueError, match="slots and rows must be fewer than 2.31, got 2147483648 slots; route fewer tokens at once"):
+    with pytest.raises(ValueError, match=r"slots and rows must be fewer than 2.31, got 2147483648 slots; route fewer tokens at once"):
         _without_values(0, 1, 1, 1, STATIC, False, sequence=2**29)
 
 

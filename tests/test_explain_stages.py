@@ -91,7 +91,8 @@ def _all_axes(rank, cfg, layout):
     ({"hidden_dropout": 0.1}, {"pp": 2, "tp": 2, "sp": True, "schedule": "zbv_zero_bubble"}),
     ({}, {"pp": 3, "micro": 3}),
     (SHARED, {"tp": 2, "ep": 2, "recompute": True}), (MOE, {"tp": 2, "ep": 2, "recompute": True}),
-    (CAPACITY, {"tp": 2, "dp": 2, "ep": 4, "sp": True}), (STATIC, {"tp": 2, "dp": 2, "ep": 2, "recompute": True}), (QUIET, {"dp": 2, "ep": 2, "recompute": True, "precision": "bf16"}),
+    (CAPACITY, {"tp": 2, "dp": 2, "ep": 4, "sp": True}), (STATIC, {"tp": 2, "dp": 2, "ep": 2, "recompute": True}),
+    (QUIET, {"dp": 2, "ep": 2, "recompute": True, "precision": "bf16"}),
     ({**SHARED, "moe_layer_freq": 2}, {"tp": 2, "dp": 2, "ep": 2, "sp": True, "recompute": True}),
     ({**MOE, **GPT2, "moe_layer_freq": 2}, {"dp": 2, "zero1": True, "precision": "bf16"}),
     ({**SHARED, "moe_layer_freq": (1, 1, 0, 1, 0)}, {"tp": 2, "pp": 2, "ep": 2, "sp": True,
@@ -144,7 +145,8 @@ def _stage_activations(rank, cfg, layout):
     (GPT2, {"pp": 2, "tp": 2, "sp": True, "schedule": "interleaved_zero_bubble"}),
     ({}, {"pp": 2, "tp": 2, "sp": True, "schedule": "zbv_zero_bubble"}),
     (MOE, {}), (SHARED, {"tp": 2}), (SHARED, {"tp": 2, "sp": True}), ({**MOE, **GPT2}, {"precision": "bf16"}),
-    (CAPACITY, {"dp": 2, "ep": 2}), (STATIC, {"dp": 2, "ep": 2}), (SHARED, {"tp": 2, "ep": 2, "precision": "bf16"}), (MOE, {"tp": 2, "ep": 2}),
+    (CAPACITY, {"dp": 2, "ep": 2}), (STATIC, {"dp": 2, "ep": 2}), (SHARED, {"tp": 2, "ep": 2, "precision": "bf16"}),
+    (MOE, {"tp": 2, "ep": 2}),
     ({**SHARED, "moe_layer_freq": 2}, {"pp": 2, "tp": 2, "ep": 2, "sp": True, "schedule": "interleaved_zero_bubble"}),
 ], ids=str)
 def test_activations_of_stages_and_experts(options, kwargs):
