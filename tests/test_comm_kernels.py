@@ -8,13 +8,14 @@ import torch.distributed as dist
 from ranks import run
 
 from interlace.kernels import dispatch
-from interlace.kernels.comm import CollectiveMismatch, protocol
+from interlace.kernels.comm import CollectiveMismatch, ag_gemm, all_reduce, gemm_ar, gemm_rs, protocol, reset_pads
 
 pytestmark = pytest.mark.skipif(not dispatch.INTERPRET, reason="needs TRITON_INTERPRET=1")
 if dispatch.INTERPRET:
     from interpreted import DONE, recorded, stalls
 
-    from interlace.kernels.comm import triton_ag, triton_ar, triton_rs
+    from interlace.kernels.comm import heap, triton_ag, triton_ar, triton_rs
+    from interlace.kernels.comm import pad as pad_module
     from interlace.kernels.comm.pad import Pad, pad_of
     from interlace.kernels.comm.protocol import first_row
     from interlace.kernels.comm.tile import Tiles
@@ -371,6 +372,46 @@ def _onward_twice(rank):
     with pytest.raises(ValueError, match=r"a gather must take the rows that were sent onward to it, none, got .* pushed=True"):
         triton_ag.launch(onward, y, M, pushed=True)
     assert torch.equal(triton_ag.launch(onward, y, M), torch.cat([y, y]))
+
+
+KINDS = {
+    "gemm_ar": (lambda rows, group: gemm_ar(torch.ones(rows, 16), torch.ones(16, 16), group), 32.0),
+    "ag_gemm": (lambda rows, group: ag_gemm(torch.ones(rows, 16), torch.ones(16, 16), group), 16.0),
+    "gemm_rs": (lambda rows, group: gemm_rs(torch.ones(rows, 16), torch.ones(16, 16), group), 32.0),
+    "all_reduce": (lambda rows, group: all_reduce(torch.ones(rows, 16), group), 2.0),
+}
+
+
+def _grows_on_one_rank(rank, kind):
+    """A user's ranks disagree on rows, and only rank 1 needs a larger pad: while rank 0 makes a call it has made before, which is no
+    meeting, and while it makes another new one."""
+    group, (call, value), patience = dist.new_group([0, 1]), KINDS[kind], heap.PATIENCE
+    try:
+        for _ in range(2):
+            assert call(8, group).eq(value).all()
+        heap.PATIENCE = 2.0
+        mine = [p for k, p in pad_module._pads.items() if k[0] == id(group)]
+        enough = [p.polls for p in mine]
+        for p in mine:
+            p.polls = 300
+        late = r"no signal from rank 1" if rank == 0 else r"rank 0 of group '.*' (did not come to rank 1 in 2 s|gave up and resets)"
+        with stalls(rank), pytest.raises(TimeoutError, match=f"{kind}: {late}.*Do all ranks make the same calls"):
+            call(8 if rank == 0 else 64, group)
+        heap.PATIENCE = patience
+        for p, polls in zip(mine, enough):
+            p.polls = polls
+        reset_pads(group)
+        assert call(8, group).eq(value).all() and call(16, group).eq(value).all(), "usable afterwards"
+        with pytest.raises(CollectiveMismatch, match=f"{kind}: rank 0 of group .* rank 1 "):
+            call(4 if rank == 0 else 128, group)
+        assert call(8, group).eq(value).all() and call(256, group).eq(value).all(), "usable, and it grows on all"
+    finally:
+        heap.PATIENCE = patience
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pad_that_grows_on_one_rank_only_interpret(kind):
+    run(2, _grows_on_one_rank, kind)
 
 
 def test_rows_sent_onward_are_taken_once_interpret():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..dispatch import INTERPRET
 from .choose import Path, choose
-from .heap import CODES, CollectiveMismatch, SymmHeap, heap_of
+from .heap import CODES, CollectiveMismatch, SymmHeap, heap_of, meet
 from .pad import pad_multicast, pad_room
 from .registry import Group, group_size
 
@@ -63,9 +63,7 @@ def agree(op: str, group: Group, **what: object) -> None:
     key = (group.group_name, *mine)
     if key in _agreed:
         return
-    every: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, mine, group)
-    for rank, other in enumerate(every):
+    for rank, other in enumerate(meet(mine, group, op, "agree")):
         if other != mine:
             tell = lambda call: f"{call[0]}({', '.join(f'{k}={v}' for k, v in call[1:])})"  # noqa: E731
             raise CollectiveMismatch(f"{op}: rank {dist.get_rank(group)} of group '{group.group_name}' called {tell(mine)}, but rank "

@@ -17,7 +17,7 @@ from . import overlap
 from .agree import agree, choose_path
 from .choose import KERNELS
 from .collectives import all_reduce
-from .gemm import check_gemm, flat, gemm, wide
+from .gemm import check_gemm, flat, gemm, ready
 from .registry import Group, register
 from .walk import summed_product
 
@@ -48,7 +48,7 @@ def reduced_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
         else:
             heap.serve("gemm_ar", M, N, K)
         return all_reduce(y, heap or group, out=y)
-    y, b = a.new_empty(M, N), wide(b)
+    y, b = a.new_empty(M, N), ready(b)
     step = heap.nbytes // max(1, N * a.element_size())               # rows that fit a slot
     for i in range(0, max(M, 1), step):
         rows = a[i:i + step]

@@ -11,11 +11,14 @@ Failures  a rank that died (noticed within 0.1 s), is late by `timeout`, or made
 import ctypes
 import itertools
 import os
+import pickle
 import secrets
 import socket
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
+from datetime import timedelta
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from ..dispatch import build_info
 
-__all__ = ["CODES", "CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHeap", "by_hand", "heap_of"]
+__all__ = ["CODES", "CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHeap", "by_hand", "heap_of", "meet"]
 
 # Codes of the sums in csrc/runtime/heap.h; other types travel as bytes, as code 6 + itemsize.
 CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.int32: 5}
@@ -152,6 +155,53 @@ def _exchange(mine: Any, group: dist.ProcessGroup) -> list[Any]:
     every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, mine, group)
     return every
+
+
+_met: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()   # meetings so far
+PATIENCE = 300.0                                                      # seconds, as SymmHeap's timeout
+
+
+def meet(mine: Any, group: dist.ProcessGroup, op: str, to: str) -> list[Any]:
+    """`mine` of every rank of `group`, through its store: a rank that does not come costs an error here, and never the group.
+
+    to: what they meet for. "reset" goes before all else: ranks that came for another thing are sent away, and reset too.
+    Raises: TimeoutError after PATIENCE, naming who is missing; what was said here is then taken back, so that the next meeting begins
+    even. CollectiveMismatch, on all ranks, where they came for two things."""
+    store, rank, n = dist.distributed_c10d._get_process_group_store(group), dist.get_rank(group), _met.get(group, 0)
+    keys = [f"interlace/{n}/{r}" for r in range(dist.get_world_size(group))]
+    end, name = time.monotonic() + PATIENCE, group.group_desc or group.group_name
+    store.set(keys[rank], pickle.dumps((to, mine)))
+
+    def away(why: str) -> TimeoutError:
+        store.delete_key(keys[rank])
+        return TimeoutError(f"{op}: {why}. A first call with new sizes is a meeting of all ranks. Do all ranks make the same calls in the "
+                            "same order? After mending that, reset_pads() of the group on all ranks")
+    while True:
+        try:
+            store.wait(keys, timedelta(seconds=max(0.001, end - time.monotonic())))
+            if not store.check(keys):                                 # sent away meanwhile: get() would wait without end
+                continue
+            said = [pickle.loads(store.get(key)) for key in keys]
+        except RuntimeError:                                          # waited long enough, or the store's own limit is shorter
+            if time.monotonic() < end:
+                continue
+            late = " and ".join(str(r) for r, key in enumerate(keys) if not store.check([key]))
+            raise away(f"rank {late or '?'} of group '{name}' did not come to rank {rank} in {PATIENCE:g} s") from None
+        others = [r for r, (what, _) in enumerate(said) if what != to]
+        if others and any(what == "reset" for what, _ in said):
+            if to != "reset":
+                raise away(f"rank {others[0]} of group '{name}' gave up and resets, while rank {rank} waited for it")
+            if time.monotonic() > end:
+                raise away(f"rank {others[0]} of group '{name}' did not reset in {PATIENCE:g} s, as rank {rank} does")
+            time.sleep(0.01)
+            continue
+        if n:
+            store.delete_key(f"interlace/{n - 1}/{rank}")             # all have read it: they are here
+        _met[group] = n + 1
+        if others:
+            raise CollectiveMismatch(f"{op}: rank 0 of group '{name}' came to {said[0][0]}, rank {others[0] or rank} to "
+                                     f"{said[others[0] or rank][0]}; every rank must make the same call (this is rank {rank})")
+        return [it for _, it in said]
 
 
 def _host() -> str:

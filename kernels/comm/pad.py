@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..dispatch import CUDA, INTERPRET
-from .heap import CollectiveMismatch, SymmHeap, _exchange, _host, heap_of
+from .heap import CollectiveMismatch, SymmHeap, _exchange, _host, heap_of, meet
 
-__all__ = ["OPS", "Pad", "pad_multicast", "pad_of", "pad_room"]
+__all__ = ["OPS", "Pad", "pad_multicast", "pad_of", "pad_room", "reset_pads"]
 
 OPS = ("all_reduce", "gemm_ar", "all_gather", "ag_gemm", "reduce_scatter", "gemm_rs", "rs_residual_norm")
 COUNTERS = 1 << 16
@@ -70,7 +70,7 @@ class Pad:
         else:
             addresses = self._rendezvous()
         self._ready(addresses, start)
-        _exchange(None, group)                                        # nobody signals before all have cleared their words
+        meet(None, group, op, "begin")                                # nobody signals before all have cleared their words
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -152,7 +152,7 @@ class Pad:
 
     def _agree(self, mine: tuple, what: str) -> None:
         digest = hashlib.sha256(repr(mine).encode()).hexdigest()
-        every = _exchange((digest, str(mine)), self.group)  # type: ignore[arg-type]
+        every = meet((digest, str(mine)), self.group, self.op, "agree")  # type: ignore[arg-type]
         for r, (other, text) in enumerate(every):
             if other != every[0][0]:
                 raise CollectiveMismatch(f"{self.op}: rank 0 of group '{self.name}' {what} {every[0][1]}, but rank {r} {what} {text}; "
@@ -163,7 +163,7 @@ class Pad:
         wait of any ran out."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        every = [self.failure()] if self.group is None else _exchange(self.failure(), self.group)
+        every = [self.failure()] if self.group is None else meet(self.failure(), self.group, self.op, "settle")
         if first := next(filter(None, every), ""):
             raise TimeoutError(self.failure() or first)
 
@@ -181,7 +181,7 @@ class Pad:
         _, op, epoch, source, word, got = self.error.tolist()
         return (f"{OPS[op]}: no signal from rank {source} of group '{self.name}' to rank {self.rank} after {self.polls} polls; "
                 f"waited for epoch {epoch} in flag {word % self.flags}, it had signalled {got}. Its result holds NaN. Do all "
-                "ranks make the same calls in the same order? After mending that, reset() the pad on all ranks")
+                "ranks make the same calls in the same order? After mending that, reset_pads() of the group on all ranks")
 
     def reset(self, start: int = 0) -> None:
         """Make the pad new after a TimeoutError. Collective: no rank may still run a kernel over it."""
@@ -189,7 +189,7 @@ class Pad:
             torch.cuda.synchronize(self.device)
         for step in (lambda: self._clear(start), lambda: None):
             if self.group is not None:
-                _exchange(None, self.group)                           # all have ended their kernels; all have cleared their words
+                meet(None, self.group, self.op, "reset")              # all have ended their kernels; all have cleared their words
             step()
 
     def fits(self, nbytes: int, flags: int) -> bool:
@@ -223,6 +223,12 @@ def pad_of(group: dist.ProcessGroup, op: str, nbytes: int, flags: int, device: t
             nbytes, flags = max(nbytes, pad.nbytes), max(flags, pad.flags)
         pad = _pads[key] = Pad(group, op, nbytes, flags, device)
     return pad
+
+
+def reset_pads(group: dist.ProcessGroup) -> None:
+    """Make every pad of the group new, after a TimeoutError or a CollectiveMismatch of an op over it. Collective: all ranks call it."""
+    for key in sorted(k for k in _pads if k[0] == id(group)):
+        _pads[key].reset()
 
 
 _rooms: dict[tuple[int, str], int] = {}

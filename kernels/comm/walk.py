@@ -12,7 +12,7 @@ Before anything is written all ranks agree on op, dtype and sizes; where they do
 import torch
 from torch import Tensor
 
-from .gemm import gemm, wide
+from .gemm import gemm, ready
 from .heap import CODES, LIB, OPS, SymmHeap
 
 __all__ = ["Walk", "block_rows", "gathered_product", "summed_product"]
@@ -61,7 +61,7 @@ class Walk:
 def summed_product(op: str, a: Tensor, b: Tensor, heap: SymmHeap, lo: int, hi: int) -> Tensor:
     (M, K), N = a.shape, b.shape[1]
     y, step = a.new_empty(hi - lo, N), block_rows(M, N * a.element_size(), heap.nbytes)
-    b = wide(b)
+    b = ready(b)
     with Walk(heap, op, M, N, K, a.dtype) as walk:
 
         def take(at: int) -> None:
@@ -83,7 +83,7 @@ def summed_product(op: str, a: Tensor, b: Tensor, heap: SymmHeap, lo: int, hi: i
 def gathered_product(x: Tensor, b: Tensor, heap: SymmHeap) -> Tensor:
     (m, K), N, mine = x.shape, b.shape[1], heap.rank * x.shape[0]
     y, step = x.new_empty(heap.size * m, N), block_rows(m, K * x.element_size(), heap.nbytes)
-    b = wide(b)
+    b = ready(b)
     with Walk(heap, "ag_gemm", m, K, N, x.dtype) as walk:
 
         def take(at: int) -> None:
