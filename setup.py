@@ -141,7 +141,7 @@ class BuildExt(build_ext):
         stamp.write_text(command)
         target.parent.mkdir(parents=True, exist_ok=True)
         new = target.with_suffix(".new")
-        linked = subprocess.run([*link, "-shared", "-o", str(new), *(str(o) for o, _ in done), *self.libraries(tier)],
+        linked = subprocess.run([*link, "-shared", "-o", str(new), *(str(o) for o, _ in done), *self.linked_with(tier)],
                                 capture_output=True, text=True)
         check([(target, linked)])
         new.replace(target)                                           # a running process keeps the old library
@@ -166,7 +166,7 @@ class BuildExt(build_ext):
         return [*cxx, *flags], cxx, {}
 
     @staticmethod
-    def libraries(tier: str) -> list[str]:
+    def linked_with(tier: str) -> list[str]:
         if tier == "runtime":
             return ["-pthread"]
         lib = f"-L{find_torch() / 'lib'}"
