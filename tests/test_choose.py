@@ -8,7 +8,7 @@ from ranks import run
 
 from interlace.kernels.comm import SymmHeap, ag_gemm, gemm_ar, gemm_rs
 from interlace.kernels.comm.agree import choose_path, paths_taken
-from interlace.kernels.comm.choose import PATHS, Machine, choose
+from interlace.kernels.comm.choose import HOPPER, MULTICAST, PATHS, Machine, choose
 
 OPS = ("gemm_ar", "gemm_rs", "ag_gemm", "rs_residual_norm")
 SIZES = (0, 1, 7, 64, 1000, 2048, 100_000)
@@ -53,6 +53,25 @@ def test_known_cases():
     text = str(choose("gemm_ar", 64, 1024, 1024, 4, 2, "cpu", 0))
     assert text == "torch.distributed: these ranks share no memory"
     assert "predicted: heap, staged" in str(choose("gemm_ar", 64, 1024, 1024, 4, 2, "cpu", SLOT))
+
+
+def test_multicast_is_chosen_where_it_exists_and_is_predicted_to_be_faster():
+    """The rule in closed form: two-shot moves (1 + 1/W) b where tiles to their owners move 2 (W-1)/W b; copies in and out cost 4 b / H."""
+    def pick(op, rows, cols, inner, world, multicast=True, room=1 << 30):
+        return choose(op, rows, cols, inner, 2, world, "cuda", room, multicast=multicast)
+    b = 8192 * 8192 * 2
+    for world in (2, 3, 4, 6, 8):
+        path, times = pick("all_reduce", 8192 * 8192, 1, 0, world), dict(pick("all_reduce", 8192 * 8192, 1, 0, world).others)
+        assert times["two-shot multicast"] == pytest.approx((1 + 1 / world) * b / HOPPER.link + 2 * HOPPER.tick + 4 * b / HOPPER.bandwidth)
+        assert path.name == ("two-shot multicast" if world >= 6 else "torch.distributed"), world
+        assert not set(dict(pick("all_reduce", 8192 * 8192, 1, 0, world, multicast=False).others)) & set(MULTICAST)
+        assert pick("all_reduce", 4096, 1, 0, world).name == "one-shot multicast", "the same seconds, and one store instead of W"
+    assert pick("gemm_ar", 8192, 8192, 3584, 8).name == "two-shot kernel", "the product hides what is sent"
+    assert pick("gemm_ar", 8192, 8192, 128, 8).name == "two-shot multicast", "there is no product to hide it behind"
+    for op in ("gemm_rs", "ag_gemm", "rs_residual_norm", "reduce_scatter", "all_gather"):
+        assert not set(dict(pick(op, 1024, 1024, 0 if op in ("reduce_scatter", "all_gather") else 512, 8).others)) & set(MULTICAST)
+    assert pick("all_reduce", 8192 * 8192, 1, 0, 8, room=2 * b).name == "torch.distributed", "a pad that does not hold it"
+    assert "the switch sums what the ranks hold" in str(pick("all_reduce", 8192 * 8192, 1, 0, 8))
 
 
 def _runs(rank):

@@ -1,4 +1,5 @@
-"""The overlapped kernels on one GPU: ranks that are streams of this process, ranks that are processes, and a CUDA graph."""
+"""The overlapped kernels on one GPU: ranks that are streams of this process, ranks that are processes, and a CUDA graph. Multicast, which
+no GPU has with itself by another rank: on one GPU with one rank, and on as many as there are where a switch joins them."""
 import os
 
 import pytest
@@ -6,7 +7,9 @@ import torch
 import torch.distributed as dist
 from ranks import run
 
-from interlace.kernels.comm import triton_ag, triton_ar, triton_rs
+from interlace.doctor import _multicast as multicast_here
+from interlace.kernels import dispatch
+from interlace.kernels.comm import multicast_ar, triton_ag, triton_ar, triton_rs
 from interlace.kernels.comm.pad import Pad
 from interlace.kernels.comm.protocol import first_row
 
@@ -153,3 +156,86 @@ def _processes(rank, world):
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_on_one_gpu(world):
     run(world, _processes, world)
+
+
+# ---- multicast ------------------------------------------------------------------------------------------------
+
+
+def _multicast_pad(rank, world):
+    """A pad for all the calls below; its multicast address is 0 where the driver or the topology has none."""
+    torch.cuda.set_device(rank)
+    x = torch.empty(3 << 20, dtype=torch.float32, device="meta")
+    sizes = [multicast_ar.needs(x, world, two_shot) for two_shot in (False, True)] + [triton_ar.needs(x, None, world, False)]
+    return Pad(dist.group.WORLD, "all_reduce", *map(max, zip(*sizes)), torch.device("cuda", rank))
+
+
+def _has_address(rank, world, told):
+    with open(f"{told}.{rank}", "w") as f:
+        f.write(str(_multicast_pad(rank, world).multicast))
+
+
+def _multicasts(rank, world):
+    pad, g = _multicast_pad(rank, world), torch.Generator().manual_seed(5)
+    for dtype in DTYPES:
+        for n in (1, 7, 8192, 100_003, 3 << 20):
+            for call in range(4):                                     # both kinds on one pad, and the Triton kernel between them
+                xs = [ints(g, dtype, n) for _ in range(world)]
+                x, want = xs[rank].clone(), sum(x.float() for x in xs).to(dtype)
+                y = triton_ar.launch(pad, x) if call == 2 else multicast_ar.launch(pad, x, x if call == 3 else None, two_shot=call % 2 == 1)
+                assert torch.equal(y, want), f"{dtype} {n} call {call}"
+                assert torch.equal(x, y if call == 3 else xs[rank]), "in place, or x is left alone"
+        pad.check()
+    for dtype in (torch.bfloat16, torch.float16):                     # real numbers: the same bits everywhere, and no more error than eager's
+        xs = [torch.randn(1 << 20, generator=g).to(dtype).cuda() for _ in range(world)]
+        y, truth = multicast_ar.launch(pad, xs[rank], two_shot=True), sum(x.double() for x in xs)
+        every = [None] * world
+        dist.all_gather_object(every, y.cpu())
+        assert all(torch.equal(y.cpu(), other) for other in every)
+        eager = xs[0]
+        for x in xs[1:]:
+            eager = eager + x
+        assert (y.double() - truth).norm() <= max((eager.double() - truth).norm().item(), torch.finfo(dtype).eps * truth.norm().item())
+    graph, x = torch.cuda.CUDAGraph(), torch.zeros(100_003, dtype=torch.bfloat16, device="cuda")
+    multicast_ar.launch(pad, x, two_shot=True)
+    with torch.cuda.graph(graph):
+        y = multicast_ar.launch(pad, x, two_shot=True)
+    for _ in range(3):                                                # an odd number: the parity of buffers is no constant of the graph
+        xs = [ints(g, torch.bfloat16, x.numel()) for _ in range(world)]
+        x.copy_(xs[rank])
+        dist.barrier()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, sum(x.float() for x in xs).bfloat16())
+    pad.check()
+
+
+def _multicast_or_skip(world, folder):
+    if not dispatch.CUDA:
+        pytest.skip("csrc/cuda is not built: `interlace doctor` tells why")
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    if not all(multicast_here(torch, i) for i in range(world)):
+        pytest.skip("these GPUs have no multicast")
+    run(world, _has_address, world, folder / "address")
+    if any((folder / f"address.{r}").read_text() == "0" for r in range(world)):
+        pytest.skip(f"the memory of {world} ranks has no multicast address here")
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_multicast(world, tmp_path):
+    _multicast_or_skip(world, tmp_path)
+    run(world, _multicasts, world)
+
+
+def test_a_gpu_without_multimem_refuses():
+    if not dispatch.CUDA:
+        pytest.skip("csrc/cuda is not built: `interlace doctor` tells why")
+    pad, = Pad.virtual(1, "all_reduce", 1 << 16, 8, "cuda")
+    pad.multicast = 16                                                # never read: refused before, or for the lack of an address
+    x = torch.ones(8, device="cuda")
+    if torch.cuda.get_device_capability() < (9, 0):
+        with pytest.raises(RuntimeError, match=r"multimem instructions, compute capability 9.0 or more, got 8"):
+            multicast_ar.launch(pad, x, two_shot=True)
+    pad.multicast = 0
+    with pytest.raises(ValueError, match="must have a multicast address, got none"):
+        multicast_ar.launch(pad, x, two_shot=True)

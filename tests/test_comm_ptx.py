@@ -7,12 +7,13 @@ import torch
 
 from interlace.bench import static
 from interlace.kernels import dispatch
-from interlace.kernels.dispatch import triton
+from interlace.kernels.dispatch import tl, triton
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRET or not hasattr(triton, "__version__"), reason="no Triton compiler in this mode")
 
 from interlace.kernels.comm import triton_ag, triton_ar, triton_rs  # noqa: E402
 from interlace.kernels.comm.pad import Pad  # noqa: E402
+from interlace.kernels.comm.signals import cells, wait  # noqa: E402
 
 W, M, N, K = 8, 8192, 8192, 3584                                      # Llama 70B's MLP over 8 ranks
 ARCHES = ["sm_90", pytest.param("sm_100", marks=pytest.mark.slow)]
@@ -144,6 +145,54 @@ def test_loads_that_run_ahead_of_a_wait_are_found():
     copy = lines.pop(ptx.count("\n", 0, first.start()))
     at = next(i for i, line in enumerate(lines) if ACQUIRE.search(line))
     assert unacquired("\n".join([*lines[:at], copy, *lines[at:]])) == "a tile is loaded before its wait", "as a pipeliner would move it"
+
+
+@triton.jit
+def _one_loop(y_ptr, w_ptr, peers_ptr, local_ptr, error_ptr, rank, epoch, limit, tiles, M, K, OURS: tl.constexpr, TOKEN: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Products of tiles that are waited for, tiles and K in one loop: the form in which a pipeliner may load a tile before its wait.
+    TOKEN: what the wait returned goes into the mask of the loads. OURS: signals.wait, else a bare spin."""
+    steps, i, j, k = tl.cdiv(K, BK), tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    x_ptr = cells(peers_ptr, rank, 4096, tl.bfloat16)
+    acc, got, ok = tl.zeros([BM, BN], dtype=tl.float32), epoch, epoch == epoch
+    for at in range(tiles * steps):
+        tile, step = at // steps, at % steps
+        if step == 0:
+            if OURS:
+                ok = wait(peers_ptr, local_ptr, error_ptr, rank, 0, tile, epoch, limit, 1, "acquire")
+            else:
+                flag = cells(peers_ptr, rank, 0, tl.int32) + tile
+                got = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+                while got < epoch:
+                    got = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+        end = tl.where(ok & (got >= epoch), M, 0) if TOKEN else M
+        rows, ks = tile * BM + i, step * BK + k
+        a = tl.load(x_ptr + rows[:, None] * K + ks[None, :], mask=(rows < end)[:, None], other=0.0)
+        b = tl.load(w_ptr + ks[:, None] + j[None, :] * K, mask=(tile * BM + j < end)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc)
+        if step == steps - 1:
+            tl.store(y_ptr + rows[:, None] * BN + j[None, :], acc.to(tl.bfloat16), mask=(rows < M)[:, None])
+            acc = tl.zeros([BM, BN], dtype=tl.float32)
+
+
+def one_loop(**constants):
+    constants = {"BM": 128, "BN": 128, "BK": 64, **constants}
+    pointers = {"y_ptr": "*bf16", "w_ptr": "*bf16", "peers_ptr": "*i64", "local_ptr": "*i32", "error_ptr": "*i32"}
+    names = [p.name for p in _one_loop.params]
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers or n in "MK"}
+    return build(_one_loop, signature, constants, attrs, {"num_warps": 8, "num_stages": 3})["ptx"]
+
+
+def test_without_the_dependence_a_load_overtakes_its_wait():
+    """The control of "what wait() returns goes into the mask of the loads it guards": left out, the pipeliner starts the first tiles' loads
+    before anything was waited for. A wait of ours has a barrier in it besides, and over that nothing is pipelined."""
+    first = lambda pattern, ptx: pattern.search(ptx).start()          # noqa: E731
+    apart, bound = one_loop(OURS=False, TOKEN=False), one_loop(OURS=False, TOKEN=True)
+    assert first(COPY, apart) < first(ACQUIRE, apart) and unacquired(apart) == "a tile is loaded before its wait"
+    assert first(ACQUIRE, bound) < first(COPY, bound) and len(COPY.findall(bound)) > 4, "it is pipelined all the same"
+    ours = one_loop(OURS=True, TOKEN=True)
+    assert not COPY.search(ours) and first(ACQUIRE, ours) < first(re.compile(r"wgmma\.mma_async"), ours)
 
 
 # ---- speed ----------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def on_cpu(tmp_path_factory):
         return out
 
     def run(words, off=""):
-        done = subprocess.run([built(off), *map(str, words)], capture_output=True, text=True, timeout=280, env={"TSAN_OPTIONS": "exitcode=66"})
+        done = subprocess.run([built(off), *map(str, words)], capture_output=True, text=True, timeout=280, env={"TSAN_OPTIONS": "exitcode=66 halt_on_error=1"})
         if "unexpected memory mapping" in done.stderr:
             pytest.skip("the thread sanitizer does not run on this kernel")
         return done

@@ -52,7 +52,7 @@ template <class P> void product(const Matrix<P>& c, const Matrix<const P>& a, co
   const Tensor to = c.tensor(), x = a.tensor(), y = b.tensor();
   const AOTITorchError failed = add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), x.get(), y.get(), 1.0, 1.0)
                                     : aoti_torch_cpu_mm_out(to.get(), x.get(), y.get());
-  STABLE_TORCH_ERROR_CODE_CHECK(failed);
+  STD_TORCH_CHECK(failed == 0, "grouped_gemm: the product of one expert failed, got code ", failed);
 }
 
 // Memory for the rows of one expert, kept from expert to expert.
