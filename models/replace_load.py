@@ -148,8 +148,9 @@ class Lazy:
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        known = {torch.stack: _stack, torch.cat: _cat, torch.concat: _cat, torch.chunk: Lazy.chunk, torch.split: Lazy.split,
-                 torch.transpose: Lazy.transpose, torch.narrow: Lazy.narrow}
+        known: dict[Any, Callable[..., Any]] = {
+            torch.stack: _stack, torch.cat: _cat, torch.concat: _cat, torch.chunk: Lazy.chunk, torch.split: Lazy.split,
+            torch.transpose: Lazy.transpose, torch.narrow: Lazy.narrow}
         if func in known and (func not in (torch.stack, torch.cat, torch.concat) or all(isinstance(t, Lazy) for t in args[0])):
             return known[func](*args, **kwargs)
         values = [a.read() if isinstance(a, Lazy) else [v.read() if isinstance(v, Lazy) else v for v in a]
@@ -319,14 +320,14 @@ def _some(names: list[str]) -> str:
 
 def _fill(local: Tensor, lazy: Lazy) -> None:
     if hasattr(local, "pieces"):
-        copy_part(pieces_of(local), lazy, local)  # type: ignore[arg-type]
+        copy_part(pieces_of(local), lazy, local)
     else:
         local.copy_(lazy.read())
 
 
 def _off_meta(model: Any, device: torch.device) -> dict[int, Tensor]:
     """Give every parameter and persistent buffer on meta a place on `device`. {id of the old one: the new one}."""
-    swapped: dict[int, Tensor] = {}
+    swapped: dict[int, Any] = {}
     tp: Axis | None = getattr(model, "_interlace_tp", None)
     for module in model.modules():
         how = vars(module).get("_interlace_split")
@@ -385,8 +386,9 @@ def _by_model(model: Any, module: Any) -> None:
 
 
 def _by_config(model: Any, module: Any) -> None:
-    """Before 5 in the constructor, which takes the config; a module with parameters is not made again."""
-    if not list(module.parameters()):
-        for name, buffer in type(module)(module.config)._buffers.items():
-            if module._buffers.get(name) is not None:
-                module._buffers[name].copy_(buffer)
+    """Before 5 in the constructor, which takes the config: a second module is made, for its buffers."""
+    with torch.random.fork_rng(devices=[]):
+        made = type(module)(module.config)
+    for name, buffer in made._buffers.items():
+        if module._buffers.get(name) is not None:
+            module._buffers[name].copy_(buffer)
