@@ -70,12 +70,12 @@ def load_pretrained_(model: nn.Module, folder: str | Path, mesh: Mesh | None = N
         found = _named_as_in(model, files)
         wanted = _check(model, found, Path(folder))
         swapped = _off_meta(model, torch.device(device or "cpu"))
+        notes = _buffers_off_meta(model, torch.device(device or "cpu"))   # first: it may run the model's initialisation
         before = Lazy.read_bytes
         with torch.no_grad():
             for name, tensor in wanted.items():
                 _fill(swapped.get(id(tensor), tensor), found[name])
         read = Lazy.read_bytes - before
-    notes = _buffers_off_meta(model, torch.device(device or "cpu"))
     return Loaded(len(wanted), read, held, report, notes)
 
 
@@ -368,7 +368,7 @@ def _buffers_off_meta(model: Any, device: torch.device) -> list[str]:
     unset = lambda: [row for row in todo if row[1]._buffers[row[2]] is row[3] and not row[3]._version]  # noqa: E731  (never written)
     for make in (_by_model, _by_config):
         for module in {id(m): m for _, m, *_ in unset()}.values():
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
                 make(model, module)
     raise_problems("load_pretrained_", [f"the buffer {name} must be computed by the model's code, since no file holds it, got one on meta; "
                                         "build the model with its buffers on the CPU" for name, *_ in unset()])
@@ -387,8 +387,6 @@ def _by_model(model: Any, module: Any) -> None:
 
 def _by_config(model: Any, module: Any) -> None:
     """Before 5 in the constructor, which takes the config: a second module is made, for its buffers."""
-    with torch.random.fork_rng(devices=[]):
-        made = type(module)(module.config)
-    for name, buffer in made._buffers.items():
+    for name, buffer in type(module)(module.config)._buffers.items():
         if module._buffers.get(name) is not None:
             module._buffers[name].copy_(buffer)

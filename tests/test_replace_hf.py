@@ -5,7 +5,7 @@ import torch
 import interlace
 
 transformers = pytest.importorskip("transformers")
-from hf import MODELS, close, make, sample, step, twin
+from hf import MODELS, close, make, sample, step, twin  # noqa: E402
 
 EXPECTED = {                                                          # kernels that must run, and how many modules each
     "llama": {"rms_norm": 5, "swiglu": 2, "cross_entropy": 1},
