@@ -4,7 +4,7 @@ import torch
 from ranks import run
 
 import interlace
-from interlace.kernels.comm import all_reduce
+from interlace.kernels.comm import all_gather, all_reduce
 from interlace.models.replace_layers import gather
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Mesh
@@ -237,6 +237,37 @@ def test_gradient_checkpointing_with_sequence_parallelism():
     run(2, _checkpointing)
 
 
+def _split_logits(rank, name, sp):
+    """No rank holds [B, S, V] in training; eval and generate see whole logits."""
+    m, model = mesh(2, 2), make(name).train()
+    for d in model.modules():
+        d.p = 0.0 if isinstance(d, torch.nn.Dropout) else getattr(d, "p", None)
+    for more in ({}, {"num_items_in_batch": 7}):
+        want = step(model, sample() | more)
+        model.zero_grad()
+        report = interlace.replace_(model, m, sequence_parallel=sp, gather_logits=False)
+        assert any(r.new == "SplitHead" for r in report.replaced)
+        got = step(model, sample() | more)
+        assert got["logits"].shape[-1] == 31                          # of 61
+        logits = torch.cat(tuple(all_gather(got["logits"][None], m.tp.group)), -1)[..., :61]
+        close({"logits": logits, "loss": got["loss"]} | whole_gradients(model, m), want)
+        assert interlace.verify(model, sample() | more, tolerance=1e-5).ok
+        with interlace.use("original"):
+            torch.testing.assert_close(model(**sample(), **more).loss.double(), want["loss"], rtol=1e-5, atol=0)
+        model.eval()
+        with KeepFloat64():
+            torch.testing.assert_close(model(**sample()).logits, want["logits"], rtol=1e-9, atol=1e-9)
+        assert not interlace.replace_(model, m, sequence_parallel=sp, gather_logits=False).replaced
+        interlace.restore_(model)
+        model.train()
+        close(step(model, sample() | more), want, 1e-13)
+
+
+@pytest.mark.parametrize("name, sp", [("llama", True), ("gpt2", False)])
+def test_loss_over_split_logits(name, sp):
+    run(2, _split_logits, name, sp)
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -271,6 +302,8 @@ def test_sequence_parallelism_of_what_is_not_known():
         interlace.replace_(model, faked(tp=2), sequence_parallel=True)
     with pytest.raises(ValueError, match="needs plan='auto'"):
         interlace.replace_(model, faked(tp=2), plan={"lm_head": "gather"}, sequence_parallel=True)
+    with pytest.raises(ValueError, match="gather_logits=False needs an output head"):
+        interlace.replace_(model, faked(tp=2), skip="lm_head", gather_logits=False)
     plain = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(ValueError, match="needs one list of decoder layers"):
         interlace.replace_(plain, faked(tp=2), sequence_parallel=True)
