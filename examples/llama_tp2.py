@@ -1,4 +1,4 @@
-"""A Hugging Face Llama at tp=2 on 2 CPU ranks: python examples/llama_tp2.py   (a tiny one with random weights: no download)"""
+"""A Hugging Face Llama at tp=2 + sp on 2 CPU ranks: python examples/llama_tp2.py   (a tiny one with random weights: no download)"""
 import tempfile
 
 import torch
@@ -18,7 +18,7 @@ def main(rank, world, store):
                                          num_key_value_heads=2, vocab_size=256, pad_token_id=None))
     ids = torch.randint(256, (2, 32))
     mesh = interlace.Mesh.build(interlace.Layout(world=world, tp=world))
-    report = interlace.replace_(model, mesh)                          # heads, features and vocabulary split; kernels fused
+    report = interlace.replace_(model, mesh, sequence_parallel=True)  # heads, features, vocabulary and tokens split; kernels fused
     check = interlace.verify(model, {"input_ids": ids, "labels": ids, "use_cache": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)        # made after replace_
     for step in range(5):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..kernels.comm import all_reduce, combine, dispatch, dispatch_plan
 from ..parallel.foreign import join_tokens, scatter_tokens
 from ..parallel.mesh import Axis, Mesh
-from ..parallel.sharding import pieces_of, split
+from ..parallel.sharding import Piece, pieces_of, split
 from .replace_kernels import COUNTS, two_experts
 from .replace_split import Plan, Split
 
@@ -68,7 +68,8 @@ def check_experts(mesh: Mesh) -> list[str]:
     tp, ep = mesh.tp.size, mesh.ep.size
     if ep == 1 or tp % ep == 0 or ep % tp == 0:
         return []
-    return [f"mesh.ep and mesh.tp must be multiples of one another, got {ep} and {tp}; use ep in {[e for e in range(1, tp + 1) if tp % e == 0]}"]
+    legal = [e for e in range(1, tp + 1) if tp % e == 0]
+    return [f"mesh.ep and mesh.tp must be multiples of one another, got {ep} and {tp}; use ep in {legal}"]
 
 
 def spread_experts(out: Plan, name: str, m: Any, mesh: Mesh) -> str:
@@ -89,7 +90,8 @@ def spread_experts(out: Plan, name: str, m: Any, mesh: Mesh) -> str:
     twins = max(1, mesh.tp.size // axis.size)                         # ranks of tp that hold the same experts
     numbers: dict[str, Any] = {a: E // axis.size for a in COUNTS if vars(m).get(a) == E}
     numbers["_interlace_spread"] = Spread(E, axis, mesh.tp)
-    pieces = {n: (replace(split("", tuple(p.shape), 0, axis), copies=twins),) for n, p in params.items()}
+    pieces: dict[str, tuple[Piece, ...]] = {
+        n: (replace(split("", tuple(p.shape), 0, axis), copies=twins),) for n, p in params.items()}
     out.splits[name] = m, Split("experts", attributes=numbers, pieces=pieces, wraps=(SpreadExperts,),
                                 complete=partial(_complete, axis=axis, tp=mesh.tp))
     return ""

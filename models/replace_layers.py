@@ -36,7 +36,7 @@ def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh,
         out.problems.append(f"mesh.pp must have size 1, got {mesh.pp.size}; replace_ does not cut foreign models into stages")
     out.problems += check_experts(mesh)
     if sequence_parallel and plan != "auto":
-        out.problems.append("sequence_parallel=True needs plan='auto': which tensors carry the sequence is known by structure; leave one out")
+        out.problems.append(f"sequence_parallel=True needs plan='auto', got {plan!r}; what holds tokens is known by structure alone")
     if isinstance(plan, Mapping):
         _by_user(out, chosen, plan, tp, strict)
         if mesh.ep.size > 1:
@@ -77,7 +77,7 @@ def _by_user(out: Plan, chosen: list[tuple[str, nn.Module]], plan: Mapping[str, 
 
 
 def _one(out: Plan, name: str, m: Any, style: str, tp: Axis) -> None:
-    want, layer = STYLES[style]
+    want = STYLES[style][0]
     other = style in TRANSPOSED and type(m) is not want and transposed(m)
     if "_interlace_split" in vars(m):
         return                                                        # replaced before

@@ -135,7 +135,7 @@ def _split(module: Any, how: Split, layer: nn.Module | None, parts: dict[str, Te
         _cut(p, parts[name], pieces)
         (how.complete or partial(complete_gradient, tp=tp))(p)
     for wrap in how.wraps:
-        module.__class__ = _in_front(wrap, type(module))
+        module.__class__ = _in_front(wrap, type(module))  # type: ignore[arg-type]
     if how.watch is not None:
         how.hook = module.register_forward_pre_hook(how.watch, with_kwargs=True)
     how.before = {k: vars(module).get(k, MISSING) for k in new}

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..parallel.foreign import SharedTail, SplitRMSNorm
 from ..parallel.mesh import Axis
-from ..parallel.sharding import split
+from ..parallel.sharding import Piece, split
 from .replace_kernels import Change, RMSNorm, _close, gated_probe, recognise
 from .replace_split import Plan, Split, transposed
 
@@ -66,7 +66,8 @@ def split_attention(out: Plan, name: str, m: Any, children: dict[str, Any], tp: 
     norms, why = _norms(m, children, found)
     if why:
         return why + WHOLE
-    if list(m.buffers(recurse=False)) or any(p.shape != (heads,) for p in m.parameters(recurse=False)):
+    of_heads = {heads, kv, found.width}                               # GPT-2 before transformers 5 has a mask among its buffers
+    if any(of_heads & set(b.shape) for b in m.buffers(recurse=False)) or any(p.shape != (heads,) for p in m.parameters(recurse=False)):
         return "it has parameters or buffers of its own that are not one number a head" + WHOLE
     legal = [t for t in range(1, heads + 1) if heads % t == 0 and (kv % t == 0 or t % kv == 0)]
     if tp.size not in legal:
@@ -78,12 +79,12 @@ def split_attention(out: Plan, name: str, m: Any, children: dict[str, Any], tp: 
     out.add(f"{name}.{found.row}", children[found.row], "row", tp)
     for n, tail in found.tail.items():
         out.put(f"{name}.{n}", children[n], "tail", SharedTail, tp, tail=tail)
-    for n, (h, change) in norms.items():
+    for n, (number, change) in norms.items():
         if change is None:
             out.partial += list(children[n].parameters())
         else:
-            out.put(f"{name}.{n}", children[n], "heads", SplitRMSNorm, tp, heads=h, eps=change.eps, offset=change.offset)
-    own = {n: (split("", tuple(p.shape), 0, tp),) for n, p in m.named_parameters(recurse=False)}
+            out.put(f"{name}.{n}", children[n], "heads", SplitRMSNorm, tp, heads=number, eps=change.eps, offset=change.offset)
+    own: dict[str, tuple[Piece, ...]] = {n: (split("", tuple(p.shape), 0, tp),) for n, p in m.named_parameters(recurse=False)}
     out.splits[name] = m, Split("heads", attributes=_local_numbers(m, found, tp), pieces=own)
     if getattr(m, "attention_dropout", 0) or getattr(getattr(m, "attn_dropout", None), "p", 0):
         out.notes.append(f"{name}: its dropout in training draws other masks than on one rank")
@@ -224,7 +225,8 @@ def split_mlp(out: Plan, name: str, m: Any, children: dict[str, Any], tp: Axis) 
 
 def _plain_mlp(out: Plan, name: str, m: Any, children: dict[str, Any], tp: Axis) -> str:
     """c_proj(act(c_fc(x)))"""
-    first, last = children["c_fc"], children.get("c_proj")
+    first: Any = children["c_fc"]
+    last: Any = children.get("c_proj", first)
     if not (transposed(first) and transposed(last)) and not _linear(first, last):
         return "c_fc and c_proj are no nn.Linear and no Conv1D" + WHOLE
     act = _activation(m)

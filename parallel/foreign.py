@@ -1,8 +1,8 @@
 """Layers that models written elsewhere need beside column and row: transposed weights, norms over heads, a whole layer whose last
 outputs go to every head, and tokens of a batch-first residual stream split over ranks.     t = tp.size
 
-    Conv1D          weight [D_in, D_out], as GPT-2 stores it       column: x [..., D_in] -> [..., D_out/t]   row: [..., D_in/t] -> [..., D_out]
-    SplitRMSNorm    y = x * rsqrt(sum over all ranks of x^2 / D + eps) * w of this rank's features                  comm: 4 or 8 bytes a row
+    Transposed      weight [D_in, D_out], as GPT-2 stores it: column [..., D_in] -> [..., D_out/t], row [..., D_in/t] -> [..., D_out]
+    SplitRMSNorm    y = x * rsqrt(sum over all ranks of x^2 / D + eps) * w of this rank's features; comm: 4 or 8 bytes a row
     SharedTail      y = x @ w.T + b; what split heads read of its last outputs is a part of their gradient: summed over tp
     tokens          [B, S, D] -> [1, ceil(B S / t), D] of this rank, in the order of the flattened batch, zero rows at the end; and back
 
