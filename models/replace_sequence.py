@@ -33,7 +33,7 @@ from ..parallel.foreign import (
 )
 from ..parallel.mesh import Axis
 from .replace_experts import Spread
-from .replace_kernels import LayerNorm, RMSNorm, recognise
+from .replace_kernels import LayerNorm, RMSNorm, as_probe, recognise
 from .replace_split import Plan, Split
 
 __all__ = ["split_sequence"]
@@ -185,14 +185,16 @@ def _by_token(layer: Any, heavy: list[str]) -> bool:
     """Whether a decoder layer, its attention and MLP aside, works token by token. heavy: these children, attention and MLP alike."""
     width = next((p.shape[0] for c in layer.children() for p in c.parameters(recurse=False) if p.dim() == 1), 0)
     any_p = next(layer.parameters())
-    x = torch.randn(1, 6, width, generator=torch.Generator().manual_seed(7)).to(any_p)
+    x = torch.randn(1, 6, width, generator=torch.Generator().manual_seed(7))
+    x = x if any_p.is_meta else x.to(any_p)                           # on meta: norms of random weights, on the CPU
+    light = {n: as_probe(c) if any_p.is_meta and n not in heavy else c for n, c in layer.named_children()}
     order = torch.tensor([4, 0, 5, 2, 1, 3], device=x.device)
     needed = [p.name for p in list(inspect.signature(type(layer).forward).parameters.values())[2:]
               if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for pairs in itertools.product((True, False), repeat=len(heavy)):  # which of them return a pair is not known
         probe = copy.copy(layer)
         stand_ins = {n: _StandIn(pair, 0.5 + i) for i, (n, pair) in enumerate(zip(heavy, pairs))}
-        probe.__dict__["_modules"] = {**layer._modules, **stand_ins}
+        probe.__dict__["_modules"] = {**light, **stand_ins}
         probe.__dict__["training"] = False
 
         def run(x: Tensor, probe: Any = probe) -> Tensor:
