@@ -101,6 +101,8 @@ def restore_(model: nn.Module) -> None:
     """Undo replace_: the original classes and loss function, the same Parameter objects with the same bits. Parameters that were split
     are gathered, with their gradients: every rank of tp calls it."""
     if hasattr(model, "_interlace_tp"):
+        empty = [n for n, p in model.named_parameters() if p.is_meta][:1]
+        raise_problems("restore_", [f"a split model must hold its weights, got {n} on meta; load them first" for n in empty])
         whole_all(model)
         unguard(model)
     for module in model.modules():
