@@ -164,7 +164,7 @@ def _weights(m: Any) -> tuple[Tensor, Tensor]:
 
 def _expert_dispatch(base: type) -> type:
     """The expert-parallel implementation: each token's row straight to the ranks of its experts, its sum back."""
-    class Dispatch(base):                                             # type: ignore[misc,valid-type]
+    class Dispatch(base):
         def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any):
             super().__init__(experts, ep_mesh, tp_mesh)
             self.experts, self.tp = experts, axis_of(tp_mesh)

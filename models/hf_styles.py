@@ -101,8 +101,8 @@ def _serves(m: Any, args: tuple, kwargs: dict) -> bool:
 def _over(stock: Any, serves: Callable[[Any, Any], bool], run: Callable[..., Tensor]) -> Any:
     """A style like `stock` in how parameters are cut, whose forward is `run(module, x, tp)` where it serves."""
     class Style(type(stock)):                                         # type: ignore[misc]
-        def __init__(self) -> None:
-            vars(self).update(vars(stock))
+        def __init__(self: Any) -> None:
+            self.__dict__.update(vars(stock))
 
         def install_forward(self, module: Any, mesh: Any) -> Any:
             super().install_forward(module, mesh)

@@ -37,7 +37,7 @@ def trainer_class() -> type:
     except ImportError as e:
         raise UserError(f"hf.Trainer: transformers and accelerate must be installed, got {e}; pip install accelerate") from None
 
-    class Trainer(Stock):                                             # type: ignore[misc,valid-type]
+    class Trainer(Stock):
         def __init__(self, model: Any = None, args: Any = None, **kwargs: Any):
             if (tp := _axis(model)) is None:
                 super().__init__(model, args, **kwargs)
@@ -64,8 +64,9 @@ def trainer_class() -> type:
             if (tp := _axis(self.model)) is None:
                 super().save_model(output_dir, _internal_call)
                 return
-            whole = whole_state_dict(self.model)
-            with together(self.model), unhidden(self.model):
+            model: Any = self.model
+            whole = whole_state_dict(model)
+            with together(model), unhidden(model):
                 if tp.rank == 0 and self.args.should_save:
                     self._save(output_dir or self.args.output_dir, state_dict=whole)
     return Trainer

@@ -24,6 +24,7 @@ from ..parallel.mesh import Axis, Mesh
 from .replace_kernels import CausalLoss, Change, Fused, fused_class, implementation, recognise, recognise_loss, use
 from .replace_layers import Plan as _Plan
 from .replace_layers import gather, make_plan, split_all, whole_all
+from .replace_loss import split_logits, whole_outputs
 from .replace_report import Report, Row, Verification
 from .replace_save import guard, unguard
 
@@ -35,7 +36,8 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 
 def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str, str] | None = "auto",
              kernels: str | Collection[str] = "auto", only: Iterable[str] | str | None = None, skip: Iterable[str] | str = (),
-             strict: bool = False, dry_run: bool = False, sequence_parallel: bool = False) -> Report:
+             strict: bool = False, dry_run: bool = False, sequence_parallel: bool = False,
+             gather_logits: bool = True) -> Report:
     """Put fused kernels and parallel layers into `model`, in place. A second call changes nothing.
 
     Args:
@@ -46,6 +48,7 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
         only, skip: patterns (fnmatch) of module names to look at, or to leave alone, with all below them.
         strict: raise where a pattern matches nothing, or a candidate has to be left as it is. dry_run: report only.
         sequence_parallel: between the decoder's layers each rank of tp holds its part of the tokens (plan="auto").
+        gather_logits: False: in training with labels the logits stay this rank's columns of the vocabulary, and so does `out.logits`.
     Returns: Report. Raises: ValueError for a model partly on meta, wrapped (DDP, FSDP, torch.compile), of mixed dtypes, with one module in
     two places, for patterns that match nothing, for what tp does not divide; the model is then as it was.
     """
@@ -56,6 +59,9 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
     chosen, notes = _chosen(model, None if only is None else list(only), skip, strict)
     _check_model(model, chosen)
     layers = make_plan(model, chosen, mesh or Mesh(), plan, strict, sequence_parallel)
+    loss, loss_row = _look_at_loss(model, names, only, skip)
+    if not gather_logits:
+        loss = split_logits(layers, model, loss, (mesh or Mesh()).tp)
     report = Report(notes=notes + layers.notes + _meta_notes(model), dry_run=dry_run)
     todo: list[tuple[Any, type, Change]] = []
     for name, module in chosen:
@@ -65,7 +71,7 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
             report.rows.append(row)
         if found is not None and not (name in layers.splits and layers.splits[name][1].make is not None):
             todo.append((module, *found))
-    loss = _look_at_loss(model, names, only, skip, report)
+    report.rows += [loss_row] if loss_row else []
     if strict and (left := [r for r in report.left if "already" not in r.why]):
         raise_problems("replace_(strict=True)", [f"{r.name}: {r.why}; leave it out with skip=[{r.name!r}]" for r in left])
     if not dry_run:
@@ -95,6 +101,8 @@ def restore_(model: nn.Module) -> None:
     """Undo replace_: the original classes and loss function, the same Parameter objects with the same bits. Parameters that were split
     are gathered, with their gradients: every rank of tp calls it."""
     if hasattr(model, "_interlace_tp"):
+        empty = [n for n, p in model.named_parameters() if p.is_meta][:1]
+        raise_problems("restore_", [f"a split model must hold its weights, got {n} on meta; load them first" for n in empty])
         whole_all(model)
         unguard(model)
     for module in model.modules():
@@ -208,17 +216,16 @@ def _sharding(name: str, module: nn.Module, row: Row | None, layers: _Plan) -> R
     return replace(old, new=old.new or old.old, kernel=kernels, sharding=how.style)
 
 
-def _look_at_loss(model: nn.Module, names: tuple[str, ...], only: Any, skip: list[str], report: Report) -> CausalLoss | None:
+def _look_at_loss(model: nn.Module, names: tuple[str, ...], only: Any, skip: list[str]) -> tuple[CausalLoss | None, Row | None]:
     if only is not None or "cross_entropy" not in names or "loss_function" in skip:
-        return None
+        return None, None
     found, old = recognise_loss(model), getattr(getattr(model, "loss_function", None), "__name__", "function")
     if isinstance(found, str):
-        report.rows.append(Row("loss_function", old, why=found))
-    elif found is not None:
+        return None, Row("loss_function", old, why=found)
+    if found is not None:
         at = next(model.parameters(), torch.empty(0))
-        report.rows.append(Row("loss_function", old, "CausalLoss", implementation("cross_entropy", at)))
-        return found
-    return None
+        return found, Row("loss_function", old, "CausalLoss", implementation("cross_entropy", at))
+    return None, None
 
 
 # ---- verify ------------------------------------------------------------------------------------------------------
@@ -274,7 +281,7 @@ def _run(model: nn.Module, sample: Any) -> dict[str, Tensor]:
             torch.manual_seed(0)
             model.zero_grad(set_to_none=True)
             out = model(**sample) if isinstance(sample, Mapping) else model(*sample) if isinstance(sample, tuple) else model(sample)
-        tensors = list(_tensors(out))
+        tensors = whole_outputs(model, list(_tensors(out)))
         loss = out.get("loss") if isinstance(out, Mapping) else None
         if loss is None:
             g = torch.Generator().manual_seed(1)

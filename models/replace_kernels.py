@@ -428,7 +428,7 @@ def _experts(module: nn.Module) -> tuple[type, Change] | str | None:
         return "experts with biases, or stored transposed, have no kernel"
     if w2.is_meta:
         module = two_experts(module)
-        w13, w2 = module.gate_up_proj, module.down_proj
+        w13, w2 = (module.get_parameter(n) for n in ("gate_up_proj", "down_proj"))
     x = torch.randn(2, w2.shape[1], generator=torch.Generator().manual_seed(4)).to(w2)
     ids, weights = torch.tensor([[0], [len(w2) - 1]], device=w2.device), torch.tensor([[0.5], [0.25]]).to(w2)
     try:

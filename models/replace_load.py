@@ -70,12 +70,12 @@ def load_pretrained_(model: nn.Module, folder: str | Path, mesh: Mesh | None = N
         found = _named_as_in(model, files)
         wanted = _check(model, found, Path(folder))
         swapped = _off_meta(model, torch.device(device or "cpu"))
+        notes = _buffers_off_meta(model, torch.device(device or "cpu"))   # first: it may run the model's initialisation
         before = Lazy.read_bytes
         with torch.no_grad():
             for name, tensor in wanted.items():
                 _fill(swapped.get(id(tensor), tensor), found[name])
         read = Lazy.read_bytes - before
-    notes = _buffers_off_meta(model, torch.device(device or "cpu"))
     return Loaded(len(wanted), read, held, report, notes)
 
 
@@ -148,8 +148,9 @@ class Lazy:
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        known = {torch.stack: _stack, torch.cat: _cat, torch.concat: _cat, torch.chunk: Lazy.chunk, torch.split: Lazy.split,
-                 torch.transpose: Lazy.transpose, torch.narrow: Lazy.narrow}
+        known: dict[Any, Callable[..., Any]] = {
+            torch.stack: _stack, torch.cat: _cat, torch.concat: _cat, torch.chunk: Lazy.chunk, torch.split: Lazy.split,
+            torch.transpose: Lazy.transpose, torch.narrow: Lazy.narrow}
         if func in known and (func not in (torch.stack, torch.cat, torch.concat) or all(isinstance(t, Lazy) for t in args[0])):
             return known[func](*args, **kwargs)
         values = [a.read() if isinstance(a, Lazy) else [v.read() if isinstance(v, Lazy) else v for v in a]
@@ -319,14 +320,14 @@ def _some(names: list[str]) -> str:
 
 def _fill(local: Tensor, lazy: Lazy) -> None:
     if hasattr(local, "pieces"):
-        copy_part(pieces_of(local), lazy, local)  # type: ignore[arg-type]
+        copy_part(pieces_of(local), lazy, local)
     else:
         local.copy_(lazy.read())
 
 
 def _off_meta(model: Any, device: torch.device) -> dict[int, Tensor]:
     """Give every parameter and persistent buffer on meta a place on `device`. {id of the old one: the new one}."""
-    swapped: dict[int, Tensor] = {}
+    swapped: dict[int, Any] = {}
     tp: Axis | None = getattr(model, "_interlace_tp", None)
     for module in model.modules():
         how = vars(module).get("_interlace_split")
@@ -367,7 +368,7 @@ def _buffers_off_meta(model: Any, device: torch.device) -> list[str]:
     unset = lambda: [row for row in todo if row[1]._buffers[row[2]] is row[3] and not row[3]._version]  # noqa: E731  (never written)
     for make in (_by_model, _by_config):
         for module in {id(m): m for _, m, *_ in unset()}.values():
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
                 make(model, module)
     raise_problems("load_pretrained_", [f"the buffer {name} must be computed by the model's code, since no file holds it, got one on meta; "
                                         "build the model with its buffers on the CPU" for name, *_ in unset()])
@@ -385,8 +386,7 @@ def _by_model(model: Any, module: Any) -> None:
 
 
 def _by_config(model: Any, module: Any) -> None:
-    """Before 5 in the constructor, which takes the config; a module with parameters is not made again."""
-    if not list(module.parameters()):
-        for name, buffer in type(module)(module.config)._buffers.items():
-            if module._buffers.get(name) is not None:
-                module._buffers[name].copy_(buffer)
+    """Before 5 in the constructor, which takes the config: a second module is made, for its buffers."""
+    for name, buffer in type(module)(module.config)._buffers.items():
+        if module._buffers.get(name) is not None:
+            module._buffers[name].copy_(buffer)

@@ -60,7 +60,7 @@ def guard(model: nn.Module) -> None:
     """Put what this file says on a split model's instance."""
     if "_interlace_guard" in vars(model):
         return
-    tp: Axis = model._interlace_tp  # type: ignore[assignment]
+    tp: Axis = model._interlace_tp
 
     def mark(module: nn.Module, state: dict, prefix: str, local_metadata: dict) -> None:
         local_metadata["interlace"] = Part(tp)

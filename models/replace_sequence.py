@@ -8,14 +8,19 @@
     last layer of the list       gather: [B, S, D], equal on all ranks -> norm, head, loss
 
 Positions, masks and rotary tables are made of the whole input before the list and read by attention alone, which sees whole sequences:
-nothing in a layer may depend on where its tokens stand, except attention. What is in a decoder layer is therefore checked child by child.
+nothing in a layer may depend on where its tokens stand, except attention. What is in a decoder layer is therefore checked child by child,
+and its forward run on a few tokens with stand-ins for attention and MLP: in another order, and fewer of them.
 """
 from __future__ import annotations
 
+import copy
+import inspect
+import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..parallel.foreign import (
@@ -28,7 +33,7 @@ from ..parallel.foreign import (
 )
 from ..parallel.mesh import Axis
 from .replace_experts import Spread
-from .replace_kernels import LayerNorm, RMSNorm, recognise
+from .replace_kernels import LayerNorm, RMSNorm, as_probe, recognise
 from .replace_split import Plan, Split
 
 __all__ = ["split_sequence"]
@@ -139,12 +144,14 @@ def _whole_attention(out: Plan) -> str:
 
 def _check_layer(out: Plan, names: dict[int, str], layer: nn.Module) -> None:
     """Every child of a decoder layer must be a norm, split attention, a split MLP, a mixture of experts, or hold no parameters."""
+    heavy, before = [], len(out.problems)
     if any(not p.dim() for p in layer.parameters()):
         out.problems.append(f"{names.get(id(layer), 'a layer')}: sequence_parallel=True knows no 0-d parameters; leave it out")
     for n, c in layer.named_children():
         name = names.get(id(c), n)
         split = [s[1] for k, s in out.splits.items() if k == name or k.startswith(name + ".")]
         if any(s.style in ("heads", "experts") and s.make is None for s in split) or any(s.style == "row" for s in split):
+            heavy.append(n)
             continue
         if not any(True for _ in c.parameters()):
             continue
@@ -152,10 +159,56 @@ def _check_layer(out: Plan, names: dict[int, str], layer: nn.Module) -> None:
         if (isinstance(found, tuple) and found[0] in (RMSNorm, LayerNorm)) or isinstance(c, (nn.LayerNorm, nn.RMSNorm)):
             continue
         if any(isinstance(getattr(e, "down_proj", None), nn.Parameter) for e in c.modules()):
-            continue                                                  # whole experts work token by token as well
+            heavy.append(n)                                           # whole experts work token by token as well
+            continue
         why = out.left.get(name, "it is no norm, attention, MLP or mixture of experts")
         out.problems.append(f"{name}: sequence_parallel=True must know that it works token by token, got {type(c).__name__} ({why}); "
                             "leave sequence_parallel out")
+    if len(out.problems) == before and not _by_token(layer, heavy):
+        out.problems.append(f"{names.get(id(layer), 'a layer')}: sequence_parallel=True needs a layer that works token by token around its "
+                            f"attention and MLP, got {type(layer).__name__}, which does not on a probe; leave sequence_parallel out")
+
+
+class _StandIn(nn.Module):
+    """In place of attention or MLP: token by token, and with what their callers unpack."""
+
+    def __init__(self, pair: bool, factor: float):
+        super().__init__()
+        self.pair, self.factor = pair, factor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        return (x * self.factor, None) if self.pair else x * self.factor
+
+
+def _by_token(layer: Any, heavy: list[str]) -> bool:
+    """Whether a decoder layer, its attention and MLP aside, works token by token. heavy: these children, attention and MLP alike."""
+    width = next((p.shape[0] for c in layer.children() for p in c.parameters(recurse=False) if p.dim() == 1), 0)
+    any_p = next(layer.parameters())
+    x = torch.randn(1, 6, width, generator=torch.Generator().manual_seed(7))
+    x = x if any_p.is_meta else x.to(any_p)                           # on meta: norms of random weights, on the CPU
+    light = {n: as_probe(c) if any_p.is_meta and n not in heavy else c for n, c in layer.named_children()}
+    order = torch.tensor([4, 0, 5, 2, 1, 3], device=x.device)
+    needed = [p.name for p in list(inspect.signature(type(layer).forward).parameters.values())[2:]
+              if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for pairs in itertools.product((True, False), repeat=len(heavy)):  # which of them return a pair is not known
+        probe = copy.copy(layer)
+        stand_ins = {n: _StandIn(pair, 0.5 + i) for i, (n, pair) in enumerate(zip(heavy, pairs))}
+        probe.__dict__["_modules"] = {**light, **stand_ins}
+        probe.__dict__["training"] = False
+
+        def run(x: Tensor, probe: Any = probe) -> Tensor:
+            out = type(layer).forward(probe, x, **dict.fromkeys(needed))
+            return out[0] if isinstance(out, tuple) else out
+        try:
+            with torch.no_grad():
+                whole, moved, fewer = run(x), run(x[:, order]), run(x[:, :2])
+        except Exception:
+            continue
+        if whole.shape == x.shape:
+            same = lambda a, b: torch.allclose(a, b, rtol=1e-2, atol=1e-3)  # noqa: E731
+            return bool(same(moved, whole[:, order]) and same(fewer, whole[:, :2]) and whole.isfinite().all())
+    return False
 
 
 def _over_tokens(out: Plan, name: str, m: Any, how: Split, region: Region, silent: Axis) -> None:

@@ -10,6 +10,7 @@ A norm over all query or key heads is split with them and sums its squares over 
 """
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch import nn
 from ..parallel.foreign import SharedTail, SplitRMSNorm
 from ..parallel.mesh import Axis
 from ..parallel.sharding import Piece, split
-from .replace_kernels import Change, RMSNorm, _close, gated_probe, recognise
+from .replace_kernels import Change, RMSNorm, _close, as_probe, gated_probe, recognise
 from .replace_split import Plan, Split, transposed
 
 __all__ = ["split_attention", "split_mlp", "split_vocabulary", "table_options"]
@@ -66,7 +67,8 @@ def split_attention(out: Plan, name: str, m: Any, children: dict[str, Any], tp: 
     norms, why = _norms(m, children, found)
     if why:
         return why + WHOLE
-    if list(m.buffers(recurse=False)) or any(p.shape != (heads,) for p in m.parameters(recurse=False)):
+    of_heads = {heads, kv, found.width}                               # GPT-2 before transformers 5 has a mask among its buffers
+    if any(of_heads & set(b.shape) for b in m.buffers(recurse=False)) or any(p.shape != (heads,) for p in m.parameters(recurse=False)):
         return "it has parameters or buffers of its own that are not one number a head" + WHOLE
     legal = [t for t in range(1, heads + 1) if heads % t == 0 and (kv % t == 0 or t % kv == 0)]
     if tp.size not in legal:
@@ -232,13 +234,17 @@ def _plain_mlp(out: Plan, name: str, m: Any, children: dict[str, Any], tp: Axis)
     if act is None or {id(p) for p in m.parameters()} != {id(p) for p in (*first.parameters(), *last.parameters())}:
         return "its activation is not known, or it has other parameters" + WHOLE
     rows = int(transposed(first))                                     # the dim of the output features
-    x = torch.randn(2, 3, first.weight.shape[1 - rows], generator=torch.Generator().manual_seed(3)).to(first.weight)
+    probe, one, two = m, first, last
+    if first.weight.is_meta:
+        probe, one, two = copy.copy(m), as_probe(first), as_probe(last)
+        probe.__dict__["_modules"] = {**m._modules, "c_fc": one, "c_proj": two}
+    x = torch.randn(2, 3, first.weight.shape[1 - rows], generator=torch.Generator().manual_seed(3)).to(one.weight)
     dropouts = [d for d in m.modules() if isinstance(d, nn.Dropout) and d.training]
     with torch.no_grad():
         for d in dropouts:
             d.training = False
         try:
-            same = torch.allclose(type(m).forward(m, x), last(act(first(x))), rtol=1e-2, atol=1e-3) and _elementwise(act, first(x))
+            same = torch.allclose(type(m).forward(probe, x), two(act(one(x))), rtol=1e-2, atol=1e-3) and _elementwise(act, one(x))
         except Exception:
             same = False
         for d in dropouts:

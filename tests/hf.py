@@ -38,7 +38,7 @@ def make(name, dtype=torch.float64, **more):
     torch.manual_seed(0)
     head = "GPT2LMHeadModel" if name == "gpt2" else f"{prefix}ForCausalLM"
     model = getattr(modeling, head)(getattr(config, f"{prefix}Config")(**small | more)).eval()
-    if "expert" in "".join(small):
+    if "expert" in "".join(small) and hasattr(model, "set_experts_implementation"):   # since transformers 5
         model.set_experts_implementation("eager")                     # stock's default knows no float64
     with torch.no_grad():
         for p in model.parameters():
@@ -61,6 +61,8 @@ class KeepFloat64(TorchFunctionMode):
                 return args[0]
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
+        if func is torch.Tensor.matmul and args[0].is_floating_point() and args[0].dtype != args[1].dtype:
+            args = [a.double() for a in args]                         # rope's frequencies, before transformers 5
         return func(*args, **kwargs)
 
 

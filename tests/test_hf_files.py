@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from ranks import kept, run
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import interlace
@@ -44,7 +45,6 @@ class Counted:
     read = 0
 
     def __init__(self, *args, **kwargs):
-        from safetensors import safe_open
         self.file = safe_open(*args, **kwargs)
 
     def __enter__(self):
@@ -198,13 +198,16 @@ def test_lazy_is_what_torch_computes():
 # ---- over ranks --------------------------------------------------------------------------------------------------
 
 
-def _loads(rank, t, name, folder, more):
+def _loads(rank, t, name, folder, more, options):
     whole = make(name, torch.float32, **more)
     want = logits(whole)
     replace_load.safe_open, Counted.read = Counted, 0
     model = on_meta(name, **more)
-    told = interlace.load_pretrained_(model, folder, mesh(t))
-    held = {id(p): p.nbytes for p in model.parameters()}
+    told = interlace.load_pretrained_(model, folder, mesh(t), **options)
+    replace_load.safe_open = safe_open
+    assert len(told.report.replaced) == len(interlace.replace_(whole, mesh(t), **options).replaced), "as where the weights are there"
+    interlace.restore_(whole)
+    held = {id(p): p.nbytes for p in model.state_dict(keep_vars=True).values()}
     assert Counted.read == told.read <= sum(held.values()) < told.held, "a rank reads what it holds, and no more"
     torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
     interlace.restore_(model)
@@ -215,10 +218,14 @@ def _loads(rank, t, name, folder, more):
 CASES = [("llama", {"num_key_value_heads": 1}), ("qwen2", {}), ("mixtral", {}), ("gpt2", {})]
 
 
-@pytest.mark.parametrize("name, more", CASES, ids=[n for n, _ in CASES])
-def test_a_rank_reads_only_its_slices(name, more, tmp_path):
+SLICES = [(n, more, {}) for n, more in CASES] + [("llama", {}, {"sequence_parallel": True}), ("gpt_oss", {}, {}), ("deepseek_v3", {}, {}),
+                                                 ("phi3", {}, {}), ("olmoe", {}, {"sequence_parallel": True})]
+
+
+@pytest.mark.parametrize("name, more, options", SLICES, ids=[n + ("-sequence" if o else "") for n, _, o in SLICES])
+def test_a_rank_reads_only_its_slices(name, more, options, tmp_path):
     make(name, torch.float32, **more).save_pretrained(tmp_path, max_shard_size="20KB")
-    run(2, _loads, 2, name, tmp_path, more)
+    run(2, _loads, 2, name, tmp_path, more, options, timeout=280)
 
 
 def _trains(rank, folder):
@@ -236,7 +243,7 @@ def _trains(rank, folder):
 
 def test_gradients_of_a_model_that_was_on_meta(tmp_path):
     make("qwen3", num_key_value_heads=1, tie_word_embeddings=True).save_pretrained(tmp_path)
-    run(2, _trains, tmp_path)
+    run(2, _trains, tmp_path, timeout=280)
 
 
 def _saves(rank, name, more, folder):
@@ -267,12 +274,12 @@ def _saves(rank, name, more, folder):
 
 @pytest.mark.parametrize("name, more", CASES, ids=[n for n, _ in CASES])
 def test_a_split_model_saves_what_stock_loads(name, more, tmp_path):
-    run(2, _saves, name, more, tmp_path)
+    run(2, _saves, name, more, tmp_path, timeout=280)
 
 
 def _refuses(rank, folder):
     model = make("llama", torch.float32)
-    interlace.replace_(model, mesh(2))
+    interlace.replace_(model, Mesh.build(Layout(world=2, tp=2)))      # groups of its own: a wait in them runs out
     part = model.state_dict()
     copy.deepcopy(part)
     with pytest.raises(ValueError, match=f"the part of rank {rank} of tp=2; call interlace.whole_state_dict"):
@@ -294,4 +301,4 @@ def _refuses(rank, folder):
 
 
 def test_a_part_is_never_written_as_the_whole(tmp_path):
-    run(2, _refuses, tmp_path)
+    run(2, _refuses, tmp_path, timeout=280)

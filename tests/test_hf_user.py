@@ -148,6 +148,18 @@ def test_lora_over_2_ranks(tmp_path):
 # ---- checkpointing, compile --------------------------------------------------------------------------------------
 
 
+def _empty(rank):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    interlace.replace_(model, mesh(2), plan={"0": "column", "1": "row"})
+    with pytest.raises(ValueError, match=r"must hold its weights, got 0\.weight on meta; load them first"):
+        interlace.restore_(model)
+
+
+def test_an_empty_split_model_is_not_restored():
+    run(2, _empty)
+
+
 def _checkpointing(rank):
     from interlace.models.replace_layers import gather
     for name, more in (("llama", {"num_key_value_heads": 1}), ("mixtral", {})):

@@ -1,10 +1,12 @@
 """Foreign decoders over tp, sp, ep and dp: logits, loss and every gradient of a split model against the whole one in float64."""
+import copy
+
 import pytest
 import torch
 from ranks import kept, run
 
 import interlace
-from interlace.kernels.comm import all_reduce
+from interlace.kernels.comm import all_gather, all_reduce
 from interlace.models.replace_layers import gather
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Mesh
@@ -234,6 +236,55 @@ def test_gradient_checkpointing_with_sequence_parallelism():
     run(2, _checkpointing)
 
 
+def _split_logits(rank, name, sp):
+    """No rank holds [B, S, V] in training; eval and generate see whole logits."""
+    m, model = mesh(2, 2), make(name).train()
+    for d in model.modules():
+        d.p = 0.0 if isinstance(d, torch.nn.Dropout) else getattr(d, "p", None)
+    for more in ({}, {"num_items_in_batch": 7}):
+        want = step(model, sample() | more)
+        model.zero_grad()
+        report = interlace.replace_(model, m, sequence_parallel=sp, gather_logits=False)
+        assert any(r.new == "SplitHead" for r in report.replaced)
+        got = step(model, sample() | more)
+        assert got["logits"].shape[-1] == 31                          # of 61
+        logits = torch.cat(tuple(all_gather(got["logits"][None], m.tp.group)), -1)[..., :61]
+        close({"logits": logits, "loss": got["loss"]} | whole_gradients(model, m), want)
+        assert interlace.verify(model, sample() | more, tolerance=1e-5).ok
+        with interlace.use("original"):
+            torch.testing.assert_close(model(**sample(), **more).loss.double(), want["loss"], rtol=1e-5, atol=0)
+        model.eval()
+        with KeepFloat64():
+            torch.testing.assert_close(model(**sample()).logits, want["logits"], rtol=1e-9, atol=1e-9)
+        assert not interlace.replace_(model, m, sequence_parallel=sp, gather_logits=False).replaced
+        interlace.restore_(model)
+        model.train()
+        close(step(model, sample() | more), want, 1e-13)
+
+
+@pytest.mark.parametrize("name, sp", [("llama", True), ("gpt2", False)])
+def test_loss_over_split_logits(name, sp):
+    run(2, _split_logits, name, sp)
+
+
+def _bf16(rank, name, ep, sp):
+    """No further from float64 than stock in bf16: mean over all gradients."""
+    m, model, batch = mesh(2, 2, ep), make(name, torch.bfloat16), sample(4, 16)
+    truth = step(copy.deepcopy(model).double(), batch)
+    error = lambda got: sum(float((got[n].double() - t).norm() / t.norm()) for n, t in truth.items()) / len(truth)  # noqa: E731
+    stock = error(step(model, batch))
+    model.zero_grad()
+    interlace.replace_(model, m, sequence_parallel=sp)
+    got = step(model, batch)
+    ours = error({"logits": got["logits"], "loss": got["loss"]} | whole_gradients(model, m))
+    assert ours <= 1.1 * stock, f"{ours:.3g} against {stock:.3g} of stock"
+
+
+@pytest.mark.parametrize("name, ep, sp", [("phi3", 1, True), ("gpt2", 1, False)])
+def test_bf16_is_no_further_from_float64_than_stock(name, ep, sp):
+    run(2, _bf16, name, ep, sp)
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -266,12 +317,22 @@ def test_sequence_parallelism_of_what_is_not_known():
     model.model.layers[1].scale = torch.nn.Linear(4, 4).double()
     with pytest.raises(ValueError, match=r"model.layers.1.scale: sequence_parallel=True must know that it works token by token"):
         interlace.replace_(model, faked(tp=2), sequence_parallel=True)
+    model, layer = make("mistral"), type(make("mistral").model.layers[0])
+
+    class Shifting(layer):
+        def forward(self, hidden_states, **kwargs):
+            return super().forward(hidden_states + hidden_states.roll(1, 1), **kwargs)
+    model.model.layers[0].__class__ = Shifting
+    with pytest.raises(ValueError, match=r"model.layers.0: sequence_parallel=True needs a layer that works token by token.*Shifting"):
+        interlace.replace_(model, faked(tp=2), sequence_parallel=True)
     with pytest.raises(ValueError, match="needs plan='auto'"):
         interlace.replace_(model, faked(tp=2), plan={"lm_head": "gather"}, sequence_parallel=True)
+    with pytest.raises(ValueError, match="gather_logits=False needs an output head"):
+        interlace.replace_(model, faked(tp=2), skip="lm_head", gather_logits=False)
     plain = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(ValueError, match="needs one list of decoder layers"):
         interlace.replace_(plain, faked(tp=2), sequence_parallel=True)
-    assert all(type(m).__module__.startswith(("transformers", "torch")) for m in model.modules())
+    assert not any("_interlace_split" in vars(m) or "interlace" in type(m).__module__ for m in model.modules())
 
 
 def test_shared_modules_and_meta_models():
