@@ -25,6 +25,7 @@ from .replace_kernels import CausalLoss, Change, Fused, fused_class, implementat
 from .replace_layers import Plan as _Plan
 from .replace_layers import gather, make_plan, split_all, whole_all
 from .replace_loss import split_logits, whole_outputs
+from .replace_pipeline import cut_stages, whole_stages
 from .replace_report import Report, Row, Verification
 
 __all__ = ["replace_", "restore_", "use", "verify"]
@@ -88,6 +89,8 @@ def _put(model: nn.Module, todo: list[tuple[Any, type, Change]], layers: _Plan, 
     try:
         if layers.splits and mesh is not None:
             split_all(model, list(layers.splits.values()), layers.partial, mesh.tp)
+        if layers.stages is not None:
+            cut_stages(model, layers.stages)
     except BaseException:
         for module, _, change in todo:
             module.__class__ = change.original
@@ -98,6 +101,8 @@ def _put(model: nn.Module, todo: list[tuple[Any, type, Change]], layers: _Plan, 
 def restore_(model: nn.Module) -> None:
     """Undo replace_: the original classes and loss function, the same Parameter objects with the same bits. Parameters that were split
     are gathered, with their gradients: every rank of tp calls it."""
+    if hasattr(model, "_interlace_stages_of"):
+        whole_stages(model)
     if hasattr(model, "_interlace_tp"):
         whole_all(model)
     for module in model.modules():
@@ -188,11 +193,14 @@ def _look(name: str, module: nn.Module, names: tuple[str, ...]) -> tuple[Row | N
 
 def _sharding(name: str, module: nn.Module, row: Row | None, layers: _Plan) -> Row | None:
     """The row with what is split in this module, or why it is whole on every rank."""
-    if "_interlace_split" in vars(module):
+    if "_interlace_split" in vars(module) or "_interlace_stages" in vars(module):
         return Row(name, type(module).__name__, why="already replaced")
     if name in layers.left:
         old = row or Row(name, type(module).__name__)
         return replace(old, why=f"{old.why}; {layers.left[name]}" if old.why else layers.left[name])
+    if layers.stages is not None and any(module is layer for layer in layers.stages.layers):
+        stage = layers.stages.owner[list(layers.stages.layers).index(module)]
+        return replace(row or Row(name, type(module).__name__), new=type(module).__name__, sharding=f"stage {stage}")
     if name not in layers.splits or layers.splits[name][1].watch is not None:
         return row
     how = layers.splits[name][1]
@@ -233,6 +241,9 @@ def verify(model: nn.Module, sample: Any, tolerance: float | None = None) -> Ver
     """
     held: Any = model
     split = hasattr(model, "_interlace_tp")
+    if hasattr(model, "_interlace_stages_of"):
+        raise ValueError("verify: the model must be on one stage, got pipeline stages, of which no rank has every gradient; verify the same "
+                         "layout with pp=1")
     if not (split or isinstance(getattr(model, "loss_function", None), CausalLoss) or any(isinstance(m, Fused) for m in model.modules())):
         raise ValueError("verify: the model must hold replaced modules, got none; call replace_ first")
     ours = _run(model, sample)

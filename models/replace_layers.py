@@ -21,6 +21,7 @@ from torch import nn
 from ..parallel.errors import nearest, raise_problems
 from ..parallel.mesh import Axis, Mesh
 from .replace_experts import check_experts, spread_experts
+from .replace_pipeline import plan_stages
 from .replace_sequence import split_sequence
 from .replace_split import STYLES, TRANSPOSED, Plan, Split, gather, split_all, transposed, whole_all
 from .replace_structure import split_attention, split_mlp, split_vocabulary, table_options
@@ -32,16 +33,18 @@ def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh,
               strict: bool, sequence_parallel: bool = False) -> Plan:
     """What to split, checked as a whole. Raises: ValueError with every problem."""
     out, tp = Plan(), mesh.tp
-    if mesh.pp.size > 1:
-        out.problems.append(f"mesh.pp must have size 1, got {mesh.pp.size}; replace_ does not cut foreign models into stages")
     out.problems += check_experts(mesh)
     if sequence_parallel and plan != "auto":
         out.problems.append(f"sequence_parallel=True needs plan='auto', got {plan!r}; what holds tokens is known by structure alone")
+    if mesh.pp.size > 1 and plan != "auto":
+        out.problems.append(f"mesh.pp of size {mesh.pp.size} needs plan='auto', got {plan!r}; the decoder's layers are found by structure")
     if isinstance(plan, Mapping):
         _by_user(out, chosen, plan, tp, strict)
         if mesh.ep.size > 1:
             out.problems.append(f"a plan of your own knows no experts, got mesh.ep of size {mesh.ep.size}; use plan='auto' or ep=1")
     elif plan == "auto":
+        if mesh.pp.size > 1:
+            plan_stages(out, chosen, mesh.pp, sequence_parallel)
         if (tp.size > 1 or mesh.ep.size > 1) and not out.problems:
             _by_structure(out, model, chosen, mesh)
             if sequence_parallel and tp.size > 1:

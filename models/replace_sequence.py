@@ -183,7 +183,7 @@ class _StandIn(nn.Module):
 
 def _by_token(layer: Any, heavy: list[str]) -> bool:
     """Whether a decoder layer, its attention and MLP aside, works token by token. heavy: these children, attention and MLP alike."""
-    width = next((p.shape[0] for c in layer.children() for p in c.parameters(recurse=False) if p.dim() == 1), 0)
+    width = next((p.shape[0] for n, c in layer.named_children() if n not in heavy for p in c.parameters() if p.dim() == 1), 0)
     any_p = next(layer.parameters())
     x = torch.randn(1, 6, width, generator=torch.Generator().manual_seed(7)).to(any_p)
     order = torch.tensor([4, 0, 5, 2, 1, 3], device=x.device)
