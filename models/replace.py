@@ -157,6 +157,12 @@ def _check_model(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
         problems.append(f"the model must hold its weights, got {meta[0]} and {len(meta) - 1} more on meta; load them first")
     if cut := [n for n, p in params if type(p.data).__name__ == "DTensor"]:
         problems.append(f"parameters must be plain tensors, got a DTensor in {cut[0]}; call replace_ before fully_shard")
+    here = {f"{n}.{k}".lstrip("."): type(p.data).__name__ for n, m in chosen for k, p in m.named_parameters(recurse=False)
+            if type(p.data) is not Tensor}
+    if odd := {n: kind for n, kind in here.items() if kind != "DTensor"}:
+        name = next(iter(odd))
+        problems.append(f"parameters must be plain tensors, got {odd[name]} in {name} and {len(odd) - 1} more; a quantised weight has no "
+                        f"kernel here: skip its module, or replace_ before quantising")
     dtypes = {p.dtype: n for n, p in reversed(params) if p.is_floating_point()}
     if len(dtypes) > 1:
         some = ", ".join(f"{d} ({n})" for d, n in reversed(dtypes.items()))
@@ -242,8 +248,8 @@ def verify(model: nn.Module, sample: Any, tolerance: float | None = None) -> Ver
     held: Any = model
     split = hasattr(model, "_interlace_tp")
     if hasattr(model, "_interlace_stages_of"):
-        raise ValueError("verify: the model must be on one stage, got pipeline stages, of which no rank has every gradient; verify the same "
-                         "layout with pp=1")
+        raise ValueError("verify: the model must be on one stage, got pipeline stages, of which no rank has every gradient; verify "
+                         "the same layout with pp=1")
     if not (split or isinstance(getattr(model, "loss_function", None), CausalLoss) or any(isinstance(m, Fused) for m in model.modules())):
         raise ValueError("verify: the model must hold replaced modules, got none; call replace_ first")
     ours = _run(model, sample)

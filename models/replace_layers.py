@@ -44,7 +44,7 @@ def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh,
             out.problems.append(f"a plan of your own knows no experts, got mesh.ep of size {mesh.ep.size}; use plan='auto' or ep=1")
     elif plan == "auto":
         if mesh.pp.size > 1:
-            plan_stages(out, chosen, mesh.pp, sequence_parallel)
+            plan_stages(out, model, chosen, mesh.pp, sequence_parallel)
         if (tp.size > 1 or mesh.ep.size > 1) and not out.problems:
             _by_structure(out, model, chosen, mesh)
             if sequence_parallel and tp.size > 1:
@@ -52,7 +52,7 @@ def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh,
     elif plan is not None:
         out.problems.append(f"plan must be 'auto', None or {{pattern: style}}, got {plan!r}")
     if tp.size == 1:                                                  # a layer of one rank is the layer it was
-        out.splits = {n: s for n, s in out.splits.items() if s[1].style == "experts"}
+        out.splits = {n: s for n, s in out.splits.items() if s[1].style in ("experts", "stages")}
     for name, (m, _) in out.splits.items():
         if getattr(m, "parametrizations", None):
             out.problems.append(f"{name}: a parametrized layer cannot be split, got {type(m).__name__}; leave it out with skip")

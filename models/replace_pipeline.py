@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..kernels.comm import heap_of
 from ..parallel.mesh import Axis
-from .replace_split import Plan, _in_front, _swap
+from .replace_split import Plan, Split, _in_front, _swap, refuse_records
 
 __all__ = ["Stages", "cut_stages", "plan_stages", "whole_stages"]
 
@@ -32,7 +33,7 @@ class Stages:
     layers: nn.ModuleList
     owner: list[int]
     calls: list[tuple[Any, tuple, dict[str, Any]]] = field(default_factory=list)
-    shapes: dict[Any, torch.Size] = field(default_factory=dict)       # of the parameters that are on another stage
+    away: dict[Any, tuple[torch.Size, bool]] = field(default_factory=dict)   # parameters of other stages: shape, requires_grad
 
     @property
     def mine(self) -> list[int]:
@@ -170,7 +171,7 @@ def _check_call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 # ---- in place, and back ------------------------------------------------------------------------------------------
 
 
-def plan_stages(out: Plan, chosen: list[tuple[str, nn.Module]], pp: Axis, sequence_parallel: bool) -> None:
+def plan_stages(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Module]], pp: Axis, sequence_parallel: bool) -> None:
     """Find the list of decoder layers and cut it evenly, or add to the plan's problems why not."""
     if any("_interlace_stages" in vars(m) for _, m in chosen):
         return                                                        # replaced before
@@ -185,6 +186,8 @@ def plan_stages(out: Plan, chosen: list[tuple[str, nn.Module]], pp: Axis, sequen
         out.problems.append(f"{name}: its {len(layers)} layers must be at least one for each of pp={pp.size} stages; use a smaller pp")
         return
     out.stages = Stages(pp, layers, [i * pp.size // len(layers) for i in range(len(layers))])
+    decoder = name.rpartition(".")[0]
+    out.splits[decoder] = model.get_submodule(decoder), Split("stages", watch=partial(refuse_records, "pipeline stages"))
 
 
 def _is_decoder(m: nn.ModuleList) -> bool:
@@ -202,15 +205,16 @@ def _is_decoder(m: nn.ModuleList) -> bool:
 def cut_stages(model: Any, stages: Stages) -> None:
     """Put the stages in place: other stages' layers lose their weights. The rest is on all ranks, with equal gradients."""
     inside = {id(p) for p in stages.layers.parameters()}
-    if next(model.parameters()).device.type == "cpu":
+    if next(model.parameters()).device.type == "cpu" and stages.pp.group is not None:
         heap_of(stages.pp.group)                                      # made here, before sends: grad_norm sums over it
     for i, layer in enumerate(stages.layers):
         vars(layer).update(_interlace_stages=stages, _interlace_place=i)
         layer.__class__ = _in_front(StagedLayer, type(layer))         # type: ignore[arg-type]
         for p in layer.parameters() if stages.owner[i] != stages.pp.rank else ():
             if p.numel():
-                stages.shapes[p], p.grad = p.shape, None
+                stages.away[p], p.grad = (p.shape, p.requires_grad), None
                 _swap(p, p.data.new_empty(0))
+                p.requires_grad_(False)                               # neither an optimizer nor a reduction waits for it
     for p in model.parameters():
         if id(p) not in inside:
             p.stages = stages.pp.size                                 # for grad_norm: as many ranks hold it
@@ -224,8 +228,9 @@ def whole_stages(model: Any) -> Stages:
     for i, layer in enumerate(stages.layers):
         source = stages.owner[i]
         for p in layer.parameters():
-            if p in stages.shapes:
-                _swap(p, p.data.new_empty(stages.shapes[p]))
+            if p in stages.away:
+                _swap(p, p.data.new_empty(stages.away[p][0]))
+                p.requires_grad_(stages.away[p][1])
             there = torch.tensor(int(p.grad is not None), device=p.device)
             p.data.copy_(_broadcast(p.data, source, stages.pp))
             if _broadcast(there, source, stages.pp):
@@ -235,6 +240,6 @@ def whole_stages(model: Any) -> Stages:
     for p in model.parameters():
         if hasattr(p, "stages"):
             del p.stages
-    stages.shapes.clear()
+    stages.away.clear()
     del model._interlace_stages_of
     return stages

@@ -34,7 +34,7 @@ from ..parallel.foreign import (
 from ..parallel.mesh import Axis
 from .replace_experts import Spread
 from .replace_kernels import LayerNorm, RMSNorm, recognise
-from .replace_split import Plan, Split
+from .replace_split import Plan, Split, refuse_records
 
 __all__ = ["split_sequence"]
 
@@ -88,16 +88,6 @@ class Gathering(_InRegion):
         return super().forward(*args, **kwargs)                       # type: ignore[misc]
 
 
-def _refuse_parts(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """What transformers records inside the layers is of this rank's tokens: a loss over it would be wrong, and nobody would know."""
-    config = getattr(module, "config", None)
-    for name in ("output_hidden_states", "output_router_logits"):
-        given = kwargs.get(name)
-        if given or (given is None and getattr(config, name, False)):
-            raise ValueError(f"sequence_parallel: {name} must be unset, got {given or True}; the layers hold parts of the tokens: "
-                             "replace_ without sequence_parallel to record them")
-
-
 def split_sequence(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Module]], tp: Axis) -> None:
     """Turn the layers that a plan splits over features into layers over tokens, or add to its problems why not."""
     names = {id(m): n for n, m in chosen}
@@ -127,7 +117,7 @@ def split_sequence(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Modul
         out.splits[names[id(layer)]] = layer, Split("sequence", wraps=wraps[id(layer)], attributes={"_interlace_region": region})
     _sum_the_rest(out, layers)
     decoder = names[id(layers)].rpartition(".")[0]
-    out.splits[decoder] = model.get_submodule(decoder), Split("sequence", watch=_refuse_parts)
+    out.splits[decoder] = model.get_submodule(decoder), Split("sequence", watch=partial(refuse_records, "sequence_parallel"))
     if any(isinstance(m, nn.Dropout) and m.p for m in layers.modules()):
         out.notes.append("sequence_parallel: dropout in the layers draws other masks than on one rank")
 

@@ -77,6 +77,8 @@ def _train(rank):
         torch.testing.assert_close(model(**data).logits, stock(**data).logits, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="use_cache must be False"):
         model(input_ids=data["input_ids"], use_cache=True)
+    with pytest.raises(ValueError, match="pipeline stages: output_hidden_states must be unset"):
+        model(**data, output_hidden_states=True)
     with pytest.raises(ValueError, match="verify: the model must be on one stage"):
         interlace.verify(model, data)
     interlace.restore_(model)
@@ -88,11 +90,32 @@ def test_training():
     run(2, _train)
 
 
+def _data_parallel(rank):
+    """dp around stages: each dp rank has samples of its own."""
+    m, stock, model = mesh(4, 1, 2), make("llama"), make("llama")
+    each = [step(stock, sample(3) | {"labels": (sample(3)["labels"] + d) % 61}) for d in range(2)]
+    interlace.replace_(model, m)
+    ddp = interlace.DistributedDataParallel(model, m)
+    with KeepFloat64():
+        ddp(**sample(3) | {"labels": (sample(3)["labels"] + m.dp.rank) % 61}).loss.backward()
+    ddp.finish()
+    held = 0
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            want, held = (each[0][n] + each[1][n]) / 2, held + 1
+            assert (p.main_grad - want).abs().max() <= 1e-10 * max(1e-2, want.abs().max()), n
+    assert held == 3 + 9                                              # embedding, norm, head, and one layer
+
+
+def test_data_parallel_around_stages():
+    run(4, _data_parallel)
+
+
 def test_refusals():
     two = Mesh(pp=interlace.Axis("pp", 2))
     with pytest.raises(ValueError, match=r"3 layers must be at least one for each of pp=4"):
         interlace.replace_(make("llama", num_hidden_layers=3), Mesh(pp=interlace.Axis("pp", 4)))
-    with pytest.raises(ValueError, match="needs mesh.pp of size 1"):
+    with pytest.raises(ValueError, match=r"needs mesh\.pp of size 1"):
         interlace.replace_(make("llama"), two, sequence_parallel=True)
     with pytest.raises(ValueError, match="needs one list of decoder layers"):
         interlace.replace_(torch.nn.Sequential(torch.nn.Linear(2, 2)), two)
