@@ -25,7 +25,7 @@ from .replace_kernels import CausalLoss, Change, Fused, fused_class, implementat
 from .replace_layers import Plan as _Plan
 from .replace_layers import gather, make_plan, split_all, whole_all
 from .replace_loss import split_logits, whole_outputs
-from .replace_pipeline import cut_stages, whole_stages
+from .replace_pipeline import cut_stages, stage_gradients, whole_stages
 from .replace_report import Report, Row, Verification
 
 __all__ = ["replace_", "restore_", "use", "verify"]
@@ -247,14 +247,12 @@ def verify(model: nn.Module, sample: Any, tolerance: float | None = None) -> Ver
     """
     held: Any = model
     split = hasattr(model, "_interlace_tp")
-    if hasattr(model, "_interlace_stages_of"):
-        raise ValueError("verify: the model must be on one stage, got pipeline stages, of which no rank has every gradient; verify "
-                         "the same layout with pp=1")
     if not (split or isinstance(getattr(model, "loss_function", None), CausalLoss) or any(isinstance(m, Fused) for m in model.modules())):
         raise ValueError("verify: the model must hold replaced modules, got none; call replace_ first")
     ours = _run(model, sample)
     tp: Any
     tp, partial = (held._interlace_tp, [p for p in model.parameters() if hasattr(p, "completed")]) if split else (None, [])
+    stages = whole_stages(model) if hasattr(model, "_interlace_stages_of") else None
     splits = whole_all(model) if split else []
     try:
         with use("original"):
@@ -262,6 +260,8 @@ def verify(model: nn.Module, sample: Any, tolerance: float | None = None) -> Ver
     finally:
         if split:
             split_all(model, splits, partial, tp)
+        if stages is not None:
+            cut_stages(model, stages)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     largest = max((float(g.abs().max()) for n, g in stock.items() if not n.startswith("output") and g.numel()), default=0.0)
     errors = {}
@@ -295,9 +295,10 @@ def _run(model: nn.Module, sample: Any) -> dict[str, Tensor]:
             loss = sum((t * torch.randn(t.shape, generator=g).to(t)).sum() for t in tensors if t.requires_grad)
         if torch.is_tensor(loss) and loss.requires_grad:
             loss.backward()
-        tp = getattr(model, "_interlace_tp", None)
+        tp, mine = getattr(model, "_interlace_tp", None), {p: p.grad for p in params.values() if p.grad is not None}
+        mine |= stage_gradients(model) if hasattr(model, "_interlace_stages_of") else {}
         return {f"output {i}": t.detach() for i, t in enumerate(tensors)} | {
-            n: p.grad if tp is None or not p.dim() else _gathered(p, tp) for n, p in params.items() if p.grad is not None}
+            n: mine[p] if tp is None or not p.dim() else _gathered(p, mine[p], tp) for n, p in params.items() if p in mine}
     finally:
         for n, p in params.items():
             p.grad = grads[n]
@@ -306,9 +307,9 @@ def _run(model: nn.Module, sample: Any) -> dict[str, Tensor]:
                 b.copy_(buffers[n])
 
 
-def _gathered(p: Any, tp: Axis) -> Tensor:
+def _gathered(p: Any, grad: Tensor, tp: Axis) -> Tensor:
     """The whole gradient of one sample: experts that dp shares got as many samples as ranks of dp share them."""
-    full = gather(p, p.grad, tp)
+    full = gather(p, grad, tp)
     return full / (p.axis.size // tp.size) if getattr(p, "expert", False) else full
 
 

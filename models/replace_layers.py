@@ -44,7 +44,7 @@ def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh,
             out.problems.append(f"a plan of your own knows no experts, got mesh.ep of size {mesh.ep.size}; use plan='auto' or ep=1")
     elif plan == "auto":
         if mesh.pp.size > 1:
-            plan_stages(out, model, chosen, mesh.pp, sequence_parallel)
+            plan_stages(out, model, chosen, mesh.pp)
         if (tp.size > 1 or mesh.ep.size > 1) and not out.problems:
             _by_structure(out, model, chosen, mesh)
             if sequence_parallel and tp.size > 1:

@@ -23,7 +23,7 @@ from ..kernels.comm import heap_of
 from ..parallel.mesh import Axis
 from .replace_split import Plan, Split, _in_front, _swap, refuse_records
 
-__all__ = ["Stages", "cut_stages", "plan_stages", "whole_stages"]
+__all__ = ["Stages", "cut_stages", "plan_stages", "stage_gradients", "whole_stages"]
 
 
 @dataclass
@@ -171,12 +171,10 @@ def _check_call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 # ---- in place, and back ------------------------------------------------------------------------------------------
 
 
-def plan_stages(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Module]], pp: Axis, sequence_parallel: bool) -> None:
+def plan_stages(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Module]], pp: Axis) -> None:
     """Find the list of decoder layers and cut it evenly, or add to the plan's problems why not."""
     if any("_interlace_stages" in vars(m) for _, m in chosen):
         return                                                        # replaced before
-    if sequence_parallel:
-        out.problems.append(f"sequence_parallel=True needs mesh.pp of size 1, got {pp.size}; leave one of them out")
     found = [(n, m) for n, m in chosen if isinstance(m, nn.ModuleList) and _is_decoder(m)]
     if len(found) != 1:
         out.problems.append(f"mesh.pp needs one list of decoder layers that return a tensor, got {len(found)}; use pp=1")
@@ -222,19 +220,28 @@ def cut_stages(model: Any, stages: Stages) -> None:
 
 
 @torch.no_grad()
+def stage_gradients(model: Any) -> dict[Any, Tensor]:
+    """Gradients of the layers' parameters (this rank's part over tp), from their stages. Collective over pp."""
+    stages, out = model._interlace_stages_of, {}
+    for i, layer in enumerate(stages.layers):
+        for p in layer.parameters():
+            if _broadcast(torch.tensor(int(p.grad is not None), device=p.device), stages.owner[i], stages.pp):
+                empty = p.data.new_empty(stages.away[p][0]) if p in stages.away else p.grad
+                out[p] = _broadcast(empty, stages.owner[i], stages.pp)
+    return out
+
+
+@torch.no_grad()
 def whole_stages(model: Any) -> Stages:
     """Undo cut_stages: weights and gradients come from their stages. Collective over pp."""
-    stages: Stages = model._interlace_stages_of
+    stages, grads = model._interlace_stages_of, stage_gradients(model)
     for i, layer in enumerate(stages.layers):
-        source = stages.owner[i]
         for p in layer.parameters():
             if p in stages.away:
                 _swap(p, p.data.new_empty(stages.away[p][0]))
                 p.requires_grad_(stages.away[p][1])
-            there = torch.tensor(int(p.grad is not None), device=p.device)
-            p.data.copy_(_broadcast(p.data, source, stages.pp))
-            if _broadcast(there, source, stages.pp):
-                p.grad = _broadcast(torch.empty_like(p.data) if p.grad is None else p.grad, source, stages.pp)
+            p.data.copy_(_broadcast(p.data, stages.owner[i], stages.pp))
+            p.grad = grads.get(p)
         layer.__class__ = type(layer).__bases__[1]
         del layer._interlace_stages, layer._interlace_place
     for p in model.parameters():

@@ -7,6 +7,8 @@
       experts                    on this rank's tokens: no gather at all
     last layer of the list       gather: [B, S, D], equal on all ranks -> norm, head, loss
 
+With pipeline stages it is the first and the last layer of each stage.
+
 Positions, masks and rotary tables are made of the whole input before the list and read by attention alone, which sees whole sequences:
 nothing in a layer may depend on where its tokens stand, except attention. What is in a decoder layer is therefore checked child by child,
 and its forward run on a few tokens with stand-ins for attention and MLP: in another order, and fewer of them.
@@ -111,9 +113,10 @@ def split_sequence(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Modul
                 _over_tokens(out, names[id(m)], m, found[1], region, silent)
             elif {"down_proj", "c_fc"} & {n for n, c in m.named_children() if names.get(id(c)) in out.splits}:
                 out.splits[names[id(m)]] = m, Split("sequence", wraps=(Gathering,), attributes={"_interlace_region": region})
-    wraps: dict[int, tuple[type, ...]] = {id(layers[0]): (ScatteredLayer,)}
-    wraps[id(layers[-1])] = (*wraps.get(id(layers[-1]), ()), JoinedLayer)
-    for layer in (layers[0], layers[-1]):
+    mine = list(layers) if out.stages is None else [layers[i] for i in out.stages.mine]   # messages between stages hold all tokens
+    wraps: dict[int, tuple[type, ...]] = {id(mine[0]): (ScatteredLayer,)}
+    wraps[id(mine[-1])] = (*wraps.get(id(mine[-1]), ()), JoinedLayer)
+    for layer in (mine[0], mine[-1]):
         out.splits[names[id(layer)]] = layer, Split("sequence", wraps=wraps[id(layer)], attributes={"_interlace_region": region})
     _sum_the_rest(out, layers)
     decoder = names[id(layers)].rpartition(".")[0]
