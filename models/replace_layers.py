@@ -8,6 +8,7 @@
     the model's input embedding and output head             rows of the vocabulary, logits gathered
     3-d gate_up_proj and down_proj of experts               experts                                          replace_experts.py
     with sequence_parallel: the list of decoder layers      tokens between its layers                        replace_sequence.py
+    with pp: the list of decoder layers                     layers, in stages                                replace_pipeline.py
     a plan's linear layers and embeddings                   "column", "row", "gather" (column, output gathered), "vocab"
 """
 from __future__ import annotations
