@@ -318,7 +318,7 @@ def _some(names: list[str]) -> str:
 # ---- into the model ----------------------------------------------------------------------------------------------
 
 
-def _fill(local: Tensor, lazy: Lazy) -> None:
+def _fill(local: Tensor, lazy: Any) -> None:
     if not local.numel():                                             # of another pipeline stage
         return
     if hasattr(local, "pieces"):

@@ -57,7 +57,7 @@ class Part:
                          "interlace.whole_state_dict(model) or model.save_pretrained(folder) on every rank, or restore_ first")
 
 
-def guard(model: nn.Module) -> None:
+def guard(model: Any) -> None:
     """Put what this file says on a split model's instance."""
     if "_interlace_guard" in vars(model):
         return
@@ -71,7 +71,7 @@ def guard(model: nn.Module) -> None:
         added = {"save_pretrained": MethodType(_save_pretrained, model)}
     if hasattr(model, "_tp_size"):
         added["_tp_size"] = RefusesTrainer(tp.size)
-    model._interlace_guard = handles, {name: vars(model).get(name, MISSING) for name in added}  # type: ignore[assignment]
+    model._interlace_guard = handles, {name: vars(model).get(name, MISSING) for name in added}
     vars(model).update(added)
 
 
