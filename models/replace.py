@@ -25,6 +25,7 @@ from .replace_kernels import CausalLoss, Change, Fused, fused_class, implementat
 from .replace_layers import Plan as _Plan
 from .replace_layers import gather, make_plan, split_all, whole_all
 from .replace_loss import split_logits, whole_outputs
+from .replace_pipeline import cut_stages, stage_gradients, whole_stages
 from .replace_report import Report, Row, Verification
 from .replace_save import guard, unguard
 
@@ -90,6 +91,8 @@ def _put(model: nn.Module, todo: list[tuple[Any, type, Change]], layers: _Plan, 
         if layers.splits and mesh is not None:
             split_all(model, list(layers.splits.values()), layers.partial, mesh.tp)
             guard(model)
+        if layers.stages is not None:
+            cut_stages(model, layers.stages)
     except BaseException:
         for module, _, change in todo:
             module.__class__ = change.original
@@ -103,6 +106,9 @@ def restore_(model: nn.Module) -> None:
     if hasattr(model, "_interlace_tp"):
         empty = [n for n, p in model.named_parameters() if p.is_meta][:1]
         raise_problems("restore_", [f"a split model must hold its weights, got {n} on meta; load them first" for n in empty])
+    if hasattr(model, "_interlace_stages_of"):
+        whole_stages(model)
+    if hasattr(model, "_interlace_tp"):
         whole_all(model)
         unguard(model)
     for module in model.modules():
@@ -157,6 +163,12 @@ def _check_model(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
         problems.append(f"the model must hold all its weights or none, got {meta[0]} and {len(meta) - 1} more on meta; load them first")
     if cut := [n for n, p in params if type(p.data).__name__ == "DTensor"]:
         problems.append(f"parameters must be plain tensors, got a DTensor in {cut[0]}; call replace_ before fully_shard")
+    here = {f"{n}.{k}".lstrip("."): type(p.data).__name__ for n, m in chosen for k, p in m.named_parameters(recurse=False)
+            if type(p.data) is not Tensor}
+    if odd := {n: kind for n, kind in here.items() if kind != "DTensor"}:
+        name = next(iter(odd))
+        problems.append(f"parameters must be plain tensors, got {odd[name]} in {name} and {len(odd) - 1} more; a quantised weight has no "
+                        f"kernel here: skip its module, or replace_ before quantising")
     dtypes = {p.dtype: n for n, p in reversed(params) if p.is_floating_point()}
     if len(dtypes) > 1:
         some = ", ".join(f"{d} ({n})" for d, n in reversed(dtypes.items()))
@@ -198,11 +210,14 @@ def _look(name: str, module: nn.Module, names: tuple[str, ...]) -> tuple[Row | N
 
 def _sharding(name: str, module: nn.Module, row: Row | None, layers: _Plan) -> Row | None:
     """The row with what is split in this module, or why it is whole on every rank."""
-    if "_interlace_split" in vars(module):
+    if "_interlace_split" in vars(module) or "_interlace_stages" in vars(module):
         return Row(name, type(module).__name__, why="already replaced")
     if name in layers.left:
         old = row or Row(name, type(module).__name__)
         return replace(old, why=f"{old.why}; {layers.left[name]}" if old.why else layers.left[name])
+    if layers.stages is not None and any(module is layer for layer in layers.stages.layers):
+        stage = layers.stages.owner[list(layers.stages.layers).index(module)]
+        return replace(row or Row(name, type(module).__name__), new=type(module).__name__, sharding=f"stage {stage}")
     if name not in layers.splits or layers.splits[name][1].watch is not None:
         return row
     how = layers.splits[name][1]
@@ -248,6 +263,7 @@ def verify(model: nn.Module, sample: Any, tolerance: float | None = None) -> Ver
     ours = _run(model, sample)
     tp: Any
     tp, partial = (held._interlace_tp, [p for p in model.parameters() if hasattr(p, "completed")]) if split else (None, [])
+    stages = whole_stages(model) if hasattr(model, "_interlace_stages_of") else None
     splits = whole_all(model) if split else []
     try:
         with use("original"):
@@ -255,6 +271,8 @@ def verify(model: nn.Module, sample: Any, tolerance: float | None = None) -> Ver
     finally:
         if split:
             split_all(model, splits, partial, tp)
+        if stages is not None:
+            cut_stages(model, stages)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     largest = max((float(g.abs().max()) for n, g in stock.items() if not n.startswith("output") and g.numel()), default=0.0)
     errors = {}
@@ -288,9 +306,10 @@ def _run(model: nn.Module, sample: Any) -> dict[str, Tensor]:
             loss = sum((t * torch.randn(t.shape, generator=g).to(t)).sum() for t in tensors if t.requires_grad)
         if torch.is_tensor(loss) and loss.requires_grad:
             loss.backward()
-        tp = getattr(model, "_interlace_tp", None)
+        tp, mine = getattr(model, "_interlace_tp", None), {p: p.grad for p in params.values() if p.grad is not None}
+        mine |= stage_gradients(model) if hasattr(model, "_interlace_stages_of") else {}
         return {f"output {i}": t.detach() for i, t in enumerate(tensors)} | {
-            n: p.grad if tp is None or not p.dim() else _gathered(p, tp) for n, p in params.items() if p.grad is not None}
+            n: mine[p] if tp is None or not p.dim() else _gathered(p, mine[p], tp) for n, p in params.items() if p in mine}
     finally:
         for n, p in params.items():
             p.grad = grads[n]
@@ -299,9 +318,9 @@ def _run(model: nn.Module, sample: Any) -> dict[str, Tensor]:
                 b.copy_(buffers[n])
 
 
-def _gathered(p: Any, tp: Axis) -> Tensor:
+def _gathered(p: Any, grad: Tensor, tp: Axis) -> Tensor:
     """The whole gradient of one sample: experts that dp shares got as many samples as ranks of dp share them."""
-    full = gather(p, p.grad, tp)
+    full = gather(p, grad, tp)
     return full / (p.axis.size // tp.size) if getattr(p, "expert", False) else full
 
 

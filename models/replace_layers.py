@@ -8,6 +8,7 @@
     the model's input embedding and output head             rows of the vocabulary, logits gathered
     3-d gate_up_proj and down_proj of experts               experts                                          replace_experts.py
     with sequence_parallel: the list of decoder layers      tokens between its layers                        replace_sequence.py
+    with pp: the list of decoder layers                     layers, in stages                                replace_pipeline.py
     a plan's linear layers and embeddings                   "column", "row", "gather" (column, output gathered), "vocab"
 """
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 from ..parallel.errors import nearest, raise_problems
 from ..parallel.mesh import Axis, Mesh
 from .replace_experts import check_experts, spread_experts
+from .replace_pipeline import plan_stages
 from .replace_sequence import split_sequence
 from .replace_split import STYLES, TRANSPOSED, Plan, Split, gather, split_all, transposed, whole_all
 from .replace_structure import split_attention, split_mlp, split_vocabulary, table_options
@@ -32,16 +34,18 @@ def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh,
               strict: bool, sequence_parallel: bool = False) -> Plan:
     """What to split, checked as a whole. Raises: ValueError with every problem."""
     out, tp = Plan(), mesh.tp
-    if mesh.pp.size > 1:
-        out.problems.append(f"mesh.pp must have size 1, got {mesh.pp.size}; replace_ does not cut foreign models into stages")
     out.problems += check_experts(mesh)
     if sequence_parallel and plan != "auto":
         out.problems.append(f"sequence_parallel=True needs plan='auto', got {plan!r}; what holds tokens is known by structure alone")
+    if mesh.pp.size > 1 and plan != "auto":
+        out.problems.append(f"mesh.pp of size {mesh.pp.size} needs plan='auto', got {plan!r}; the decoder's layers are found by structure")
     if isinstance(plan, Mapping):
         _by_user(out, chosen, plan, tp, strict)
         if mesh.ep.size > 1:
             out.problems.append(f"a plan of your own knows no experts, got mesh.ep of size {mesh.ep.size}; use plan='auto' or ep=1")
     elif plan == "auto":
+        if mesh.pp.size > 1:
+            plan_stages(out, model, chosen, mesh.pp)
         if (tp.size > 1 or mesh.ep.size > 1) and not out.problems:
             _by_structure(out, model, chosen, mesh)
             if sequence_parallel and tp.size > 1:
@@ -49,7 +53,7 @@ def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh,
     elif plan is not None:
         out.problems.append(f"plan must be 'auto', None or {{pattern: style}}, got {plan!r}")
     if tp.size == 1:                                                  # a layer of one rank is the layer it was
-        out.splits = {n: s for n, s in out.splits.items() if s[1].style == "experts"}
+        out.splits = {n: s for n, s in out.splits.items() if s[1].style in ("experts", "stages")}
     for name, (m, _) in out.splits.items():
         if getattr(m, "parametrizations", None):
             out.problems.append(f"{name}: a parametrized layer cannot be split, got {type(m).__name__}; leave it out with skip")

@@ -318,7 +318,9 @@ def _some(names: list[str]) -> str:
 # ---- into the model ----------------------------------------------------------------------------------------------
 
 
-def _fill(local: Tensor, lazy: Lazy) -> None:
+def _fill(local: Tensor, lazy: Any) -> None:
+    if not local.numel():                                             # of another pipeline stage
+        return
     if hasattr(local, "pieces"):
         copy_part(pieces_of(local), lazy, local)
     else:
@@ -343,6 +345,10 @@ def _off_meta(model: Any, device: torch.device) -> dict[int, Tensor]:
                         ours = how.complete if how is not None and name in how.pieces else None
                         (ours or partial(complete_gradient, tp=tp))(new)
                 kind[name] = swapped[id(old)]
+    if hasattr(model, "_interlace_stages_of"):
+        stages = model._interlace_stages_of
+        stages.away = {swapped.get(id(p), p): how for p, how in stages.away.items()}
+        stages.places.clear()
     for new in swapped.values():
         del new.old
     return swapped

@@ -86,7 +86,7 @@ def _whole(part: Tensor, head: Any) -> Tensor:
 
 def whole_outputs(model: Any, tensors: list[Tensor]) -> list[Tensor]:
     """Outputs to compare with those of the whole model: logits that stayed split are gathered."""
-    head = getattr(getattr(model, "loss_function", None), "head", None)
+    head: Any = getattr(getattr(model, "loss_function", None), "head", None)
     if not getattr(head, "local", False):
         return tensors
     return [_whole(t, head) if t.dim() and t.shape[-1] == len(head.weight) else t for t in tensors]

@@ -25,6 +25,7 @@ from ..parallel.mesh import Axis
 from ..parallel.sharding import pieces_of
 from ..parallel.tensor_parallel import copy_part
 from .replace_layers import gather
+from .replace_pipeline import of_stage
 
 __all__ = ["guard", "together", "unguard", "unhidden", "whole_state_dict"]
 
@@ -56,7 +57,7 @@ class Part:
                          "interlace.whole_state_dict(model) or model.save_pretrained(folder) on every rank, or restore_ first")
 
 
-def guard(model: nn.Module) -> None:
+def guard(model: Any) -> None:
     """Put what this file says on a split model's instance."""
     if "_interlace_guard" in vars(model):
         return
@@ -70,7 +71,7 @@ def guard(model: nn.Module) -> None:
         added = {"save_pretrained": MethodType(_save_pretrained, model)}
     if hasattr(model, "_tp_size"):
         added["_tp_size"] = RefusesTrainer(tp.size)
-    model._interlace_guard = handles, {name: vars(model).get(name, MISSING) for name in added}  # type: ignore[assignment]
+    model._interlace_guard = handles, {name: vars(model).get(name, MISSING) for name in added}
     vars(model).update(added)
 
 
@@ -110,7 +111,8 @@ def whole_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     with torch.no_grad():
         for name, t in model.state_dict(keep_vars=True).items():
             if id(t) not in seen:
-                full = gather(t, t.data, tp) if hasattr(t, "pieces") and t.dim() else t.data
+                mine = of_stage(model, t)
+                full = gather(t, mine, tp) if hasattr(t, "pieces") and t.dim() else mine
                 seen[id(t)] = full.to("cpu", copy=True) if tp.rank == 0 else full[:0] if full.dim() else full
             whole[name] = seen[id(t)]
     return whole if tp.rank == 0 else OrderedDict()
@@ -155,8 +157,10 @@ def together(model: nn.Module) -> Iterator[None]:
 
 
 def _axes(model: Any) -> list[Axis]:
-    """The axes of more than one rank that the model is split over: tp, and that of its experts."""
+    """The axes of more than one rank that the model is split over: tp, that of its experts, pp."""
     found = {model._interlace_tp.ranks: model._interlace_tp} | {p.axis.ranks: p.axis for p in model.parameters() if hasattr(p, "axis")}
+    if hasattr(model, "_interlace_stages_of"):
+        found[model._interlace_stages_of.pp.ranks] = model._interlace_stages_of.pp
     return [axis for axis in found.values() if axis.size > 1]
 
 
@@ -178,5 +182,6 @@ def _take_parts(model: Any, state: dict, prefix: str, local_metadata: dict, *_: 
         given = state.get(prefix + name)
         if torch.is_tensor(given) and hasattr(p, "pieces") and p.dim() and given.shape != p.shape and tuple(given.shape) == whole_shape(p):
             local = torch.zeros(p.shape, dtype=given.dtype, device=given.device)
-            copy_part(pieces_of(p), given, local)
+            if p.numel():                                             # else it is of another pipeline stage
+                copy_part(pieces_of(p), given, local)
             state[prefix + name] = local

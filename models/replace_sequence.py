@@ -7,6 +7,8 @@
       experts                    on this rank's tokens: no gather at all
     last layer of the list       gather: [B, S, D], equal on all ranks -> norm, head, loss
 
+With pipeline stages it is the first and the last layer of each stage.
+
 Positions, masks and rotary tables are made of the whole input before the list and read by attention alone, which sees whole sequences:
 nothing in a layer may depend on where its tokens stand, except attention. What is in a decoder layer is therefore checked child by child,
 and its forward run on a few tokens with stand-ins for attention and MLP: in another order, and fewer of them.
@@ -34,7 +36,7 @@ from ..parallel.foreign import (
 from ..parallel.mesh import Axis
 from .replace_experts import Spread
 from .replace_kernels import LayerNorm, RMSNorm, as_probe, recognise
-from .replace_split import Plan, Split
+from .replace_split import Plan, Split, refuse_records
 
 __all__ = ["split_sequence"]
 
@@ -88,16 +90,6 @@ class Gathering(_InRegion):
         return super().forward(*args, **kwargs)                       # type: ignore[misc]
 
 
-def _refuse_parts(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """What transformers records inside the layers is of this rank's tokens: a loss over it would be wrong, and nobody would know."""
-    config = getattr(module, "config", None)
-    for name in ("output_hidden_states", "output_router_logits"):
-        given = kwargs.get(name)
-        if given or (given is None and getattr(config, name, False)):
-            raise ValueError(f"sequence_parallel: {name} must be unset, got {given or True}; the layers hold parts of the tokens: "
-                             "replace_ without sequence_parallel to record them")
-
-
 def split_sequence(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Module]], tp: Axis) -> None:
     """Turn the layers that a plan splits over features into layers over tokens, or add to its problems why not."""
     names = {id(m): n for n, m in chosen}
@@ -121,13 +113,14 @@ def split_sequence(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Modul
                 _over_tokens(out, names[id(m)], m, found[1], region, silent)
             elif {"down_proj", "c_fc"} & {n for n, c in m.named_children() if names.get(id(c)) in out.splits}:
                 out.splits[names[id(m)]] = m, Split("sequence", wraps=(Gathering,), attributes={"_interlace_region": region})
-    wraps: dict[int, tuple[type, ...]] = {id(layers[0]): (ScatteredLayer,)}
-    wraps[id(layers[-1])] = (*wraps.get(id(layers[-1]), ()), JoinedLayer)
-    for layer in (layers[0], layers[-1]):
+    mine = list(layers) if out.stages is None else [layers[i] for i in out.stages.mine]   # messages between stages hold all tokens
+    wraps: dict[int, tuple[type, ...]] = {id(mine[0]): (ScatteredLayer,)}
+    wraps[id(mine[-1])] = (*wraps.get(id(mine[-1]), ()), JoinedLayer)
+    for layer in (mine[0], mine[-1]):
         out.splits[names[id(layer)]] = layer, Split("sequence", wraps=wraps[id(layer)], attributes={"_interlace_region": region})
     _sum_the_rest(out, layers)
     decoder = names[id(layers)].rpartition(".")[0]
-    out.splits[decoder] = model.get_submodule(decoder), Split("sequence", watch=_refuse_parts)
+    out.splits[decoder] = model.get_submodule(decoder), Split("sequence", watch=partial(refuse_records, "sequence_parallel"))
     if any(isinstance(m, nn.Dropout) and m.p for m in layers.modules()):
         out.notes.append("sequence_parallel: dropout in the layers draws other masks than on one rank")
 
@@ -183,7 +176,7 @@ class _StandIn(nn.Module):
 
 def _by_token(layer: Any, heavy: list[str]) -> bool:
     """Whether a decoder layer, its attention and MLP aside, works token by token. heavy: these children, attention and MLP alike."""
-    width = next((p.shape[0] for c in layer.children() for p in c.parameters(recurse=False) if p.dim() == 1), 0)
+    width = next((p.shape[0] for n, c in layer.named_children() if n not in heavy for p in c.parameters() if p.dim() == 1), 0)
     any_p = next(layer.parameters())
     x = torch.randn(1, 6, width, generator=torch.Generator().manual_seed(7))
     x = x if any_p.is_meta else x.to(any_p)                           # on meta: norms of random weights, on the CPU

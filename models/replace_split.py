@@ -29,7 +29,7 @@ from ..parallel.tensor_parallel import (
 )
 from .replace_kernels import as_probe
 
-__all__ = ["STYLES", "Plan", "Split", "gather", "split_all", "transposed", "whole_all"]
+__all__ = ["STYLES", "Plan", "Split", "gather", "refuse_records", "split_all", "transposed", "whole_all"]
 
 STYLES: dict[str, tuple[type, Any]] = {"column": (nn.Linear, ColumnParallelLinear), "row": (nn.Linear, RowParallelLinear),
                                        "gather": (nn.Linear, GatheredLinear), "vocab": (nn.Embedding, VocabParallelEmbedding)}
@@ -60,6 +60,7 @@ class Plan:
     partial: list[nn.Parameter] = field(default_factory=list)         # whole, but each rank's gradient is of its own heads or tokens
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stages: Any = None                                                # of a pipeline: replace_pipeline.py
 
     def add(self, name: str, module: nn.Module, style: str, tp: Axis, **how: Any) -> None:
         self.put(name, module, style, TRANSPOSED[style] if transposed(module) else STYLES[style][1], tp, **how)
@@ -90,6 +91,16 @@ def transposed(m: Any) -> bool:
 @functools.cache
 def _in_front(kind: type, original: type) -> type:
     return type(f"{kind.__name__}{original.__name__}", (kind, original), {"__module__": original.__module__, "__doc__": kind.__doc__})
+
+
+def refuse_records(what: str, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """A `watch`. What transformers records inside the layers is a part: a loss over it would be wrong, and nobody would know."""
+    config = getattr(module, "config", None)
+    for name in ("output_hidden_states", "output_router_logits"):
+        given = kwargs.get(name)
+        if given or (given is None and getattr(config, name, False)):
+            raise ValueError(f"{what}: {name} must be unset, got {given or True}; the layers hold parts of what would be recorded: "
+                             f"replace_ without {what} to record them")
 
 
 # ---- in place ----------------------------------------------------------------------------------------------------

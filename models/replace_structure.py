@@ -49,6 +49,8 @@ class LocalConfig:
         vars(self).update(_config=config, _own=own)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):                                     # what copy and pickle ask of an empty instance
+            raise AttributeError(name)
         own = vars(self)["_own"]
         return own[name] if name in own else getattr(vars(self)["_config"], name)
 

@@ -277,6 +277,30 @@ def test_a_split_model_saves_what_stock_loads(name, more, tmp_path):
     run(2, _saves, name, more, tmp_path, timeout=280)
 
 
+def _stages(rank, folder):
+    """Two pipeline stages: loaded from meta, saved, and cut from whole tensors."""
+    whole = make("llama", torch.float32)
+    want, bits = logits(whole), whole.state_dict()
+    model = on_meta("llama")
+    told = interlace.load_pretrained_(model, folder, Mesh.build(Layout(world=2, pp=2)))
+    assert told.read < told.held and told.read == sum(p.nbytes for p in model.parameters())
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(folder / "again")
+    again = type(model).from_pretrained(folder / "again")
+    assert all(torch.equal(v, bits[n]) for n, v in again.state_dict().items())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    model.load_state_dict(bits)
+    interlace.restore_(model)
+    assert all(torch.equal(v, bits[n]) for n, v in model.state_dict().items())
+
+
+def test_pipeline_stages_are_loaded_and_saved(tmp_path):
+    make("llama", torch.float32).save_pretrained(tmp_path)
+    run(2, _stages, tmp_path, timeout=280)
+
+
 def _refuses(rank, folder):
     model = make("llama", torch.float32)
     interlace.replace_(model, Mesh.build(Layout(world=2, tp=2)))      # groups of its own: a wait in them runs out

@@ -296,7 +296,7 @@ def faked(tp=1, ep=1, pp=1):
     ("mixtral", faked(ep=3), {}, False, r"4 experts must divide over ep=3; use ep in \[1, 2, 4\]"),
     ("mixtral", faked(tp=3, ep=2), {}, False, "must be multiples of one another"),
     ("phi3", faked(tp=3), {}, False, r"4 heads over 2 key / value heads.*use tp in \[1, 2, 4\]"),
-    ("gpt2", faked(tp=2, pp=2), {}, False, "does not cut foreign models into stages"),
+    ("gpt2", faked(tp=2, pp=4), {}, False, "2 layers must be at least one for each of pp=4 stages"),
     ("gpt2", faked(tp=4), {"n_inner": 50}, False, "features must be divisible by tp=4"),
     ("olmoe", faked(tp=2), {"num_experts": 3}, True, ""),
 ])
@@ -342,6 +342,13 @@ def test_shared_modules_and_meta_models():
         interlace.replace_(model, faked(tp=2))
     with pytest.raises(ValueError, match="on meta"):
         interlace.replace_(make("gpt_oss").to("meta"), faked(tp=2))
+    class Int8(torch.Tensor):
+        """As quantisers store their weights."""
+    quantised = make("llama")
+    quantised.lm_head.weight = torch.nn.Parameter(quantised.lm_head.weight.data.as_subclass(Int8))
+    with pytest.raises(ValueError, match=r"plain tensors, got Int8 in lm_head.weight and 0 more"):
+        interlace.replace_(quantised, faked(tp=2))
+    assert interlace.replace_(quantised, faked(tp=2), skip="lm_head", dry_run=True).replaced
     with pytest.raises(ValueError, match="must not be wrapped yet"):
         interlace.replace_(torch.compile(make("phi3")), faked(tp=2))
 

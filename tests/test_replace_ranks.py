@@ -170,7 +170,7 @@ def test_refusals():
         interlace.replace_(model, two, plan={"blocks.*.norm": "row"})
     with pytest.raises(ValueError, match="divisible by tp=5"):
         interlace.replace_(model, Mesh(tp=interlace.Axis("tp", 5)), plan=PLAN)
-    with pytest.raises(ValueError, match=r"mesh\.pp must have size 1"):
+    with pytest.raises(ValueError, match=r"mesh\.pp needs one list of decoder layers"):
         interlace.replace_(model, Mesh(pp=interlace.Axis("pp", 2)))
     assert "nearest name" in str(interlace.replace_(model, two, plan=PLAN | {"blocks.*.fc9": "row"}, dry_run=True))
     assert all(type(m).__module__ != "interlace.parallel.tensor_parallel" for m in model.modules())
