@@ -13,8 +13,8 @@ from interlace.parallel.mesh import Mesh
 from interlace.parallel.sharding import grad_norm, gradient_axis
 
 pytest.importorskip("transformers")
-from hf import MOE as MIXTURE
 from hf import MODELS, SMALL, KeepFloat64, close, make, sample, step
+from hf import MOE as MIXTURE
 
 MOE = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
 _meshes = {}
@@ -97,20 +97,19 @@ def test_sweep_equals_stock(name, world, tp, ep, sp):
 
 
 # Nobody named these anywhere: found by structure alone.
-EXTRA = {"head_dim": 8}
-OTHERS = {
-    "phi": ("phi", "Phi", SMALL), "starcoder2": ("starcoder2", "Starcoder2", SMALL), "qwen2_moe": ("qwen2_moe", "Qwen2Moe", MIXTURE | {
-        "shared_expert_intermediate_size": 24}), "olmo": ("olmo", "Olmo", SMALL), "olmo2": ("olmo2", "Olmo2", SMALL),
-    "gemma": ("gemma", "Gemma", SMALL | {"head_dim": 16}), "granite": ("granite", "Granite", SMALL), "stablelm": ("stablelm", "StableLm", SMALL),
-    "smollm3": ("smollm3", "SmolLM3", SMALL), "cohere2": ("cohere2", "Cohere2", SMALL | {"sliding_window": 4}), "glm4": ("glm4", "Glm4", SMALL | EXTRA),
-    "nemotron": ("nemotron", "Nemotron", SMALL), "granitemoe": ("granitemoe", "GraniteMoe", SMALL | {"num_local_experts": 4}),
-    "deepseek_v2": ("deepseek_v2", "DeepseekV2", MODELS["deepseek_v3"][2] | {"topk_method": "greedy"}), "arcee": ("arcee", "Arcee", SMALL),
-    "seed_oss": ("seed_oss", "SeedOss", SMALL | EXTRA), "minimax_m2": ("minimax_m2", "MiniMaxM2", MIXTURE | EXTRA | {"num_local_experts": 4}),
+OTHERS = {                                                            # folder -> (class prefix, config)
+    "arcee": ("Arcee", SMALL), "cohere2": ("Cohere2", SMALL | {"sliding_window": 4}), "gemma": ("Gemma", SMALL | {"head_dim": 16}),
+    "deepseek_v2": ("DeepseekV2", MODELS["deepseek_v3"][2] | {"topk_method": "greedy"}), "glm4": ("Glm4", SMALL | {"head_dim": 8}),
+    "granite": ("Granite", SMALL), "granitemoe": ("GraniteMoe", SMALL | {"num_local_experts": 4}),
+    "minimax_m2": ("MiniMaxM2", MIXTURE | {"head_dim": 8, "num_local_experts": 4}), "nemotron": ("Nemotron", SMALL),
+    "olmo": ("Olmo", SMALL), "olmo2": ("Olmo2", SMALL), "phi": ("Phi", SMALL),
+    "qwen2_moe": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 24}), "seed_oss": ("SeedOss", SMALL | {"head_dim": 8}),
+    "smollm3": ("SmolLM3", SMALL), "stablelm": ("StableLm", SMALL), "starcoder2": ("Starcoder2", SMALL),
 }
 
 
 def _other(rank, name, sp):
-    MODELS.setdefault(name, OTHERS[name])
+    MODELS.setdefault(name, (name, *OTHERS[name]))
     _equal(rank, 2, 2, 1, sp, name, {})
 
 
