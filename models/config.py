@@ -134,11 +134,6 @@ class ModelConfig(_Checked):
     micro_batch_size: Count = 4                                 # samples of one forward pass of a data-parallel rank
     global_batch_size: Count = 16                               # samples of one step on all ranks
 
-    def _between(self) -> list[str]:
-        if self.num_moe_experts is None or self.activation != "gelu_tanh":
-            return []
-        return ["model.activation must be swiglu or gelu with experts, got gelu_tanh; set model.activation=gelu"]
-
     @property
     def ffn_size(self) -> int:
         """ffn_hidden_size with its default filled in."""
@@ -163,6 +158,8 @@ class ModelConfig(_Checked):
 
     def _between(self) -> list[str]:
         wrong = []
+        if self.num_moe_experts is not None and self.activation == "gelu_tanh":
+            wrong.append("model.activation must be swiglu or gelu with experts, got gelu_tanh; set model.activation=gelu")
         try:
             balancing(self.moe_router_load_balancing_type, self.moe_aux_loss_coeff)
         except ValueError as e:
