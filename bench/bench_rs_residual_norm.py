@@ -1,10 +1,12 @@
-"""rs_residual_norm with RMSNorm and with LayerNorm, against torch: reduce-scatter, add, norm. `interlace bench rs_residual_norm`
+"""rs_residual_norm with RMSNorm and with LayerNorm, against torch: reduce-scatter, add, norm; and against our reduce-scatter, then our
+add_rms_norm or add_layer_norm. `interlace bench rs_residual_norm`
 
 It has no GEMM: the bound is our reduce-scatter alone (with the all-gather of the backward).
 """
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import add_layer_norm, add_rms_norm
 from ..kernels.comm import all_gather, reduce_scatter, rs_residual_norm
 from .cases import Case, Make, Way, Ways, grid, rows
 from .explain import path
@@ -34,9 +36,13 @@ def ways(case: Case, make: Make) -> Ways:
     def ours(p: Tensor, r: Tensor, w: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return rs_residual_norm(p, r, w, EPS, group, bias=b)
 
+    def composed(p: Tensor, r: Tensor, w: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = reduce_scatter(p, group)
+        return add_rms_norm(x, r, w, EPS) if b is None else add_layer_norm(x, r, w, b, EPS)
+
     comm = Way(lambda p: linear(p, lambda q: reduce_scatter(q, group), lambda d: all_gather(d, group)), (make.randn(S, D),))
     sent, mine = S * D * size * (t - 1) // t, S // t * D
     return Ways(inputs, eager, ours, {
-        "torch eager": eager, "torch.compile": "not tried for communication ops"},
+        "torch eager": eager, "interlace, two ops": composed, "torch.compile": "not tried for communication ops"},
         nbytes=((S * D + 3 * mine) * size, (S * D + 4 * mine) * size), flops=(6 * mine, 10 * mine), link=(sent, sent),
         comm=comm if t > 1 else None, path=path("rs_residual_norm", group, make.device, (S, D), make.dtype))

@@ -109,7 +109,7 @@ def _equal(rank, o):
 
 
 def marked(i, o):
-    """Eight ranks on two cores take 40 s a layout, most of it to connect them: eight of nine wait for `make test-all`."""
+    """Eight ranks on two busy cores take 5 to 20 s a layout: eight of nine wait for `make test-all`."""
     return pytest.param(o, id=name(o), marks=[pytest.mark.slow] if world(o) == 8 and i % 9 else [])
 
 

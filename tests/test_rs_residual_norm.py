@@ -1,11 +1,14 @@
 """rs_residual_norm on real ranks against one process in fp64: RMSNorm and LayerNorm, both outputs, every gradient."""
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
 from budget import DTYPES
 from ranks import run
 
-from interlace.kernels.comm import rs_residual_norm, rs_residual_norm_ref
+from interlace.kernels.comm import CollectiveMismatch, SymmHeap, reduce_scatter, rs_residual_norm, rs_residual_norm_ref
+from interlace.kernels.comm.heap import LIB
 
 
 def _grads(fn, partial, residual, weight, bias, dh, dy, group):
@@ -40,6 +43,56 @@ def _check(rank, world, shape, dtype, with_bias):
 @pytest.mark.parametrize("world", [2, 3])
 def test_matches_one_process(world, shape, dtype, with_bias):
     run(world, _check, world, shape, dtype, with_bias)
+
+
+def _bits(rank, world):
+    """Over heaps that take all rows at once, a few, and not one: h is the sum in rank order, then the residual, rounded once."""
+    from interlace.kernels.comm import rs_residual_norm as public
+    module = sys.modules[public.__module__]
+    for nbytes in (1 << 20, 4096, 1):
+        heap = SymmHeap(dist.group.WORLD, nbytes)
+        LIB.interlace_heap_test(heap.handle, 1, 300 * (rank == 0))    # NaN where nothing was written yet; rank 0 reads late
+        for dtype in DTYPES:
+            for rows, D in ((0, 8), (1, 1), (7, 33), (9, 260)):
+                g = torch.Generator().manual_seed(rows)
+                partial = torch.randn(world, world * rows, D, generator=g).to(dtype)
+                residual, weight, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((world * rows, D), (D,), (D,)))
+                mine = slice(rank * rows, (rank + 1) * rows)
+                acc = dtype if dtype == torch.float64 else torch.float32
+                total = partial[0, mine].to(acc)
+                for r in range(1, world):
+                    total = total + partial[r, mine].to(acc)
+                whole = module._fits(heap, partial[0])
+                assert whole == (module.CPP and D * dtype.itemsize * world <= heap.nbytes)
+                want = (total + residual[mine].to(acc)).to(dtype) if whole else total.to(dtype) + residual[mine]
+                for b in (None, bias):
+                    h, y = rs_residual_norm(partial[rank], residual[mine], weight, 1e-5, heap, bias=b)
+                    assert torch.equal(h, want), (dtype, rows, D, nbytes)
+                    again = rs_residual_norm(heap.stage(partial[rank].shape, dtype).copy_(partial[rank]), residual[mine], weight, 1e-5,
+                                             heap, bias=b) if partial[rank].nbytes <= heap.nbytes else (h, y)
+                    assert torch.equal(again[0], h) and torch.equal(again[1], y), "staged"
+        heap.close()
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_sums_in_rank_order_whatever_the_heap(world):
+    run(world, _bits, world)
+
+
+def _mismatch(rank):
+    heap = SymmHeap(dist.group.WORLD, 1 << 16, name="tp")
+    call = lambda rows: rs_residual_norm(torch.ones(2 * rows, 8), torch.zeros(rows, 8), torch.ones(8), 1e-5, heap)    # noqa: E731
+    mine, theirs = (rf"called rs_residual_norm\({n} rows of 8, " for n in (8 + 4 * rank, 12 - 4 * rank))
+    with pytest.raises(CollectiveMismatch, match=f"rs_residual_norm: rank {rank} of group 'tp' {mine}.* {theirs}"):
+        call(4 + 2 * rank)
+    with pytest.raises(CollectiveMismatch, match=r"called rs_residual_norm\(8 rows of 8, 32 x float32\)"):
+        reduce_scatter(torch.ones(8, 8), heap) if rank else call(4)
+    assert call(4)[0].eq(2).all(), "the heap stays usable"
+    heap.close()
+
+
+def test_ranks_that_disagree():
+    run(2, _mismatch)
 
 
 def test_misuse():
