@@ -1,8 +1,6 @@
 // moe_rows: vectors of the compute type, and whole rows written past the cache
 #pragma once
-#include <array>
 #include <cstring>
-#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -20,7 +18,6 @@ template <class A> struct Vec { typedef A type __attribute__((vector_size(kBytes
 template <class A> using vec_t = typename Vec<A>::type;
 template <class A> constexpr int kLanes = kBytes / sizeof(A);
 typedef uint32_t words __attribute__((vector_size(kBytes)));
-typedef uint16_t halves __attribute__((vector_size(kBytes / 2)));
 
 template <class V, class U> inline V same_bits(const U& u) {
   static_assert(sizeof(V) == sizeof(U));
@@ -29,25 +26,33 @@ template <class V, class U> inline V same_bits(const U& u) {
   return v;
 }
 
-// kLanes elements in the compute type; the same arithmetic as up() and down() in common.h, lane by lane.
-inline vec_t<float> load(const float* p) { vec_t<float> v; std::memcpy(&v, p, sizeof v); return v; }
-inline vec_t<double> load(const double* p) { vec_t<double> v; std::memcpy(&v, p, sizeof v); return v; }
-inline words load_halves(const void* p) { halves h; std::memcpy(&h, p, sizeof h); return __builtin_convertvector(h, words); }
-inline vec_t<float> load(const bf16* p) { return same_bits<vec_t<float>>(load_halves(p) << 16); }
-inline vec_t<float> load(const fp16* p) {
-  const words h = load_halves(p), magnitude = (h & 0x7fff) << 13;
-  const words f = same_bits<words>(same_bits<vec_t<float>>(magnitude) * 0x1p112f);
+// 2 kLanes elements in the compute type. Of 16-bit types `a` has the even ones and `b` the odd: a shift and a mask to widen and to narrow
+// them, where halves in order take shuffles. The same arithmetic as up() and down() in common.h, lane by lane.
+template <class A> struct Pair {
+  vec_t<A> a{}, b{};
+  void add(A p, const Pair& x) { a += p * x.a, b += p * x.b; }
+};
+
+template <class V> inline V at(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class A> inline Pair<A> load(const A* p) { return {at<vec_t<A>>(p), at<vec_t<A>>(p + kLanes<A>)}; }
+inline Pair<float> load(const bf16* p) {
+  const words w = at<words>(p);
+  return {same_bits<vec_t<float>>(w << 16), same_bits<vec_t<float>>(w & 0xffff0000)};
+}
+inline vec_t<float> widen_half(words h) {
+  const words magnitude = (h & 0x7fff) << 13, f = same_bits<words>(same_bits<vec_t<float>>(magnitude) * 0x1p112f);
   return same_bits<vec_t<float>>(f | ((h & 0x8000) << 16) | ((words)(magnitude >= 0x0f800000) & 0x7f800000));
 }
+inline Pair<float> load(const fp16* p) {
+  const words w = at<words>(p);
+  return {widen_half(w & 0xffff), widen_half(w >> 16)};
+}
 
-inline vec_t<float> pack(float, vec_t<float> v) { return v; }
-inline vec_t<double> pack(double, vec_t<double> v) { return v; }
 inline words round_bf16(vec_t<float> v) {  // the upper half of each lane is the bfloat16
   const words u = same_bits<words>(v), r = u + 0x7fff + ((u >> 16) & 1);
   return v != v ? words{} + 0x7fc00000 : r;
 }
-inline halves pack(bf16, vec_t<float> v) { return __builtin_convertvector(round_bf16(v) >> 16, halves); }
-inline halves pack(fp16, vec_t<float> v) {
+inline words round_half(vec_t<float> v) {  // the lower half of each lane is the number
   const words u = same_bits<words>(v), sign = (u >> 16) & 0x8000, m = u & 0x7fffffff;
   const words small = same_bits<words>(same_bits<vec_t<float>>(m) + 0.5f) - 0x3f000000;
   const words normal = (m - 0x38000000 + 0xfff + ((m >> 13) & 1)) >> 13;
@@ -55,7 +60,7 @@ inline halves pack(fp16, vec_t<float> v) {
   words h = (small & low) | (normal & ~low);
   h = (h & ~inf) | (inf & 0x7c00);
   h = (h & ~nan) | (nan & 0x7e00);
-  return __builtin_convertvector(h | sign, halves);
+  return h | sign;
 }
 
 // A vector to memory. Past: around the cache, `p` then aligned to its size.
@@ -72,17 +77,16 @@ template <bool Past, class V> inline void put(void* p, const V& v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// Two vectors of the compute type to memory as elements of T.
-template <bool Past, class T> inline void put_pair(T* p, const vec_t<acc_t<T>>& a, const vec_t<acc_t<T>>& b) {
-#if defined(__AVX512BW__)
-  if constexpr (std::is_same_v<T, bf16>) {
-    alignas(64) static constexpr auto odd = [] { std::array<uint16_t, 32> i{}; for (int n = 0; n < 32; n++) i[n] = 2 * n + 1; return i; }();
-    const __m512i x = same_bits<__m512i>(round_bf16(a)), y = same_bits<__m512i>(round_bf16(b));
-    return put<Past>(p, _mm512_permutex2var_epi16(x, _mm512_load_si512(odd.data()), y));
-  }
-#endif
-  put<Past>(p, pack(T{}, a));
-  put<Past>(p + kLanes<acc_t<T>>, pack(T{}, b));
+// What load() gave, computed with, back to memory as elements of T.
+template <bool Past, class A> inline void put(A* p, const Pair<A>& x) {
+  put<Past>(static_cast<void*>(p), x.a);
+  put<Past>(static_cast<void*>(p + kLanes<A>), x.b);
+}
+template <bool Past> inline void put(bf16* p, const Pair<float>& x) {
+  put<Past>(static_cast<void*>(p), words((round_bf16(x.a) >> 16) | (round_bf16(x.b) & 0xffff0000)));
+}
+template <bool Past> inline void put(fp16* p, const Pair<float>& x) {
+  put<Past>(static_cast<void*>(p), words(round_half(x.a) | (round_half(x.b) << 16)));
 }
 
 inline void fence() {

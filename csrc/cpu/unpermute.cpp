@@ -17,20 +17,19 @@ template <class T> struct Terms {
 
 template <class T, bool Past> void sum_row(const Terms<T>& terms, const T* const* next, int64_t ahead, T* to, int64_t H) {
   using A = acc_t<T>;
-  using V = vec_t<A>;
   constexpr int L = kLanes<A>, B = 4 * L, LINE = 64 / sizeof(T);
   int64_t h = 0;
   for (; h + B <= H; h += B) {
-    V s0{}, s1{}, s2{}, s3{};
+    Pair<A> s0, s1;
     for (int64_t k = 0; k < ahead; k++)
       for (int64_t i = 0; i < B; i += LINE) prefetch(next[k] + h + i);
     for (int64_t k = 0; k < terms.n; k++) {
       const T* r = terms.row[k] + h;
       const A p = terms.p[k];
-      s0 += p * load(r), s1 += p * load(r + L), s2 += p * load(r + 2 * L), s3 += p * load(r + 3 * L);
+      s0.add(p, load(r)), s1.add(p, load(r + 2 * L));
     }
-    put_pair<Past>(to + h, s0, s1);
-    put_pair<Past>(to + h + 2 * L, s2, s3);
+    put<Past>(to + h, s0);
+    put<Past>(to + h + 2 * L, s1);
   }
   for (; h < H; h++) {
     A s = 0;
@@ -88,26 +87,29 @@ template <class A> inline A total(vec_t<A> v) {
   return v[0];
 }
 
-// dy = p * g, and the dot product of g and y: both rows are read once.
-template <class T, bool Past> acc_t<T> scale_dot(const T* g, const T* y, const T* next, acc_t<T> p, T* dy, int64_t H) {
+// dy = p * g, and the dot product of g and y: both rows are read once. next, later: what will be read soon; of two tokens' rows of g
+// one is in the cache for all its K rows, the other comes in beside its first.
+template <class T, bool Past>
+acc_t<T> scale_dot(const T* g, const T* y, const T* next, const T* later, acc_t<T> p, T* dy, int64_t H) {
   using A = acc_t<T>;
-  using V = vec_t<A>;
   constexpr int L = kLanes<A>, B = 4 * L, LINE = 64 / sizeof(T);
-  V s0{}, s1{}, s2{}, s3{};
+  Pair<A> s0, s1;
   A dot = 0;
   int64_t h = 0;
   for (; h + B <= H; h += B) {
     for (int64_t i = 0; i < B; i += LINE) prefetch(next + h + i);
-    const V g0 = load(g + h), g1 = load(g + h + L), g2 = load(g + h + 2 * L), g3 = load(g + h + 3 * L);
-    s0 += g0 * load(y + h), s1 += g1 * load(y + h + L), s2 += g2 * load(y + h + 2 * L), s3 += g3 * load(y + h + 3 * L);
-    put_pair<Past>(dy + h, V(p * g0), V(p * g1));
-    put_pair<Past>(dy + h + 2 * L, V(p * g2), V(p * g3));
+    if (later)
+      for (int64_t i = 0; i < B; i += LINE) prefetch(later + h + i);
+    const Pair<A> g0 = load(g + h), g1 = load(g + h + 2 * L), y0 = load(y + h), y1 = load(y + h + 2 * L);
+    s0.a += g0.a * y0.a, s0.b += g0.b * y0.b, s1.a += g1.a * y1.a, s1.b += g1.b * y1.b;
+    put<Past>(dy + h, Pair<A>{p * g0.a, p * g0.b});
+    put<Past>(dy + h + 2 * L, Pair<A>{p * g1.a, p * g1.b});
   }
   for (; h < H; h++) {
     dot += up(g[h]) * up(y[h]);
     dy[h] = down<T>(p * up(g[h]));
   }
-  return dot + total<A>((s0 + s1) + (s2 + s3));
+  return dot + total<A>((s0.a + s0.b) + (s1.a + s1.b));
 }
 
 std::tuple<Tensor, Tensor> unpermute_bwd(Tensor g, Tensor y, Tensor probs, Tensor row_of_slot, Tensor slot_of_row) {
@@ -126,7 +128,9 @@ std::tuple<Tensor, Tensor> unpermute_bwd(Tensor g, Tensor y, Tensor probs, Tenso
         const int64_t r = row[i], ahead = row[std::min(i + 2, end * K - 1)];
         dp[i] = 0;
         if (r < 0) continue;
-        dp[i] = (past ? scale_dot<T, true> : scale_dot<T, false>)(gp + i / K * H, yp + r * H, yp + (ahead < 0 ? r : ahead) * H, p[i],
+        const int64_t t = i / K;
+        const T* later = i % K == 0 && t + 1 < end ? gp + (t + 1) * H : nullptr;
+        dp[i] = (past ? scale_dot<T, true> : scale_dot<T, false>)(gp + t * H, yp + r * H, yp + (ahead < 0 ? r : ahead) * H, later, p[i],
                                                                   dyp + r * H, H);
       }
       fence();
