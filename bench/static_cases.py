@@ -133,6 +133,8 @@ def _cross_entropy(N: int, V: int) -> list[Case]:
     return [
         Case("cross_entropy", f"{N}x{V}", lambda dt: CE._launch_stats(logits(dt), ids(), V, V, -100),
              {"_stats_kernel": lambda s: N * V * s + 20 * N}, 4 * N * V),
+        Case("cross_entropy", f"{N} of 8", lambda dt: CE._launch_combine(_new(8, N, 3), ids(), -100),
+             {"_combine_kernel": lambda s: 8 * 12 * N + 20 * N}, 40 * N),
         Case("cross_entropy", f"{N}x{V}", lambda dt: CE._launch_bwd(stat(), logits(dt), ids(), stat(), stat(), V, V, -100),
              {"_bwd_kernel": lambda s: 2 * N * V * s + 20 * N}, 3 * N * V),
     ]
