@@ -167,7 +167,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, first, valid, gather, ignore_index):
         stats = torch.ops.interlace.cross_entropy_stats(logits, targets, first, valid, ignore_index)
-        loss, m, total = torch.ops.interlace.cross_entropy_combine(gather(stats).contiguous() if gather else stats[None], targets, ignore_index)
+        every = gather(stats).contiguous() if gather else stats[None]
+        loss, m, total = torch.ops.interlace.cross_entropy_combine(every, targets, ignore_index)
         ctx.save_for_backward(logits, targets, m, total)
         ctx.args = first, valid, ignore_index
         return loss

@@ -34,8 +34,8 @@ except ImportError:                                                   # no wheel
 
     triton = tl = _Absent()
 
-__all__ = ["CPP", "INTERPRET", "LIB", "ONE_PASS", "build_info", "cpu_flags", "define", "differentiable", "fused", "not_built", "row_programs",
-           "row_warps", "tl", "traced", "triton", "tune_malloc"]
+__all__ = ["CPP", "INTERPRET", "LIB", "ONE_PASS", "build_info", "cpu_flags", "define", "differentiable", "fused", "not_built",
+           "row_programs", "row_warps", "tl", "traced", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
