@@ -30,7 +30,8 @@ def _model(s: dict[str, int], make: Make, replaced: bool, dtype: torch.dtype = t
         hidden_size=s["D"], intermediate_size=s["F"], num_hidden_layers=s["L"], num_attention_heads=s["H"], num_key_value_heads=s["H"],
         vocab_size=s["V"], max_position_embeddings=s["S"], pad_token_id=None, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(make.seed)
-    model = transformers.LlamaForCausalLM(config).to(make.device, dtype)
+    model: Any = transformers.LlamaForCausalLM(config)
+    model = model.to(make.device, dtype)
     if replaced:
         replace_(model)
     return model

@@ -48,6 +48,6 @@ def ways(case: Case, make: Make) -> Ways:
     n, size = S * B * H * Dh, make.dtype.itemsize
     cost = (2 * n * size + 4 * S * Dh,) * 2
     eager = lambda x: torch_rope(x, *full)  # noqa: E731
-    return Ways((x,), lambda x: torch_rope(x, *exact), Way(lambda x: rope(x, *half)), {
+    return Ways((x,), lambda x: torch_rope(x, *exact), Way(lambda x: rope(x, half[0], half[1])), {
         "torch eager": eager, "torch.compile": make.compiled(eager), "liger": liger("LigerRopeFunction", make.device, theirs)},
         nbytes=cost, flops=(3 * n, 3 * n))

@@ -94,21 +94,20 @@ def _swiglu(N: int, F: int) -> list[Case]:
 def _gelus(N: int, F: int) -> list[Case]:
     """Gemma 2 27B's ffn of 36864, gated by its gelu_tanh, and the other activations; GPT-3's gelu is as wide as 49152."""
     x: Callable[[torch.dtype], Tensor] = lambda dt: _new(N, F, dtype=dt)      # noqa: E731
-    found = []
-    for act, name in enumerate(GATED.ACTIVATIONS):
-        found += [
-            Case("gated", f"{name} {N}x{F}", lambda dt, act=act: GATED._launch_fwd(x(dt), x(dt), act),
-                 {"_fwd_kernel": lambda s: 3 * N * F * s}, 12 * N * F),
-            Case("gated", f"{name} {N}x{F}", lambda dt, act=act: GATED._launch_bwd(x(dt), x(dt), x(dt), act),
+
+    def gated(act: int, name: str) -> list[Case]:
+        return [
+            Case("gated", f"{name} {N}x{F}", lambda dt: GATED._launch_fwd(x(dt), x(dt), act), {"_fwd_kernel": lambda s: 3 * N * F * s},
+                 12 * N * F),
+            Case("gated", f"{name} {N}x{F}", lambda dt: GATED._launch_bwd(x(dt), x(dt), x(dt), act),
                  {"_bwd_kernel": lambda s: 5 * N * F * s}, 18 * N * F)]
-    for form in (False, True):
-        name = "tanh" if form else "exact"
-        found += [
-            Case("gelu", f"{name} {N}x{F}", lambda dt, form=form: GELU._launch_fwd(x(dt), form),
-                 {"_fwd_kernel": lambda s: 2 * N * F * s}, 10 * N * F),
-            Case("gelu", f"{name} {N}x{F}", lambda dt, form=form: GELU._launch_bwd(x(dt), x(dt), form),
-                 {"_bwd_kernel": lambda s: 3 * N * F * s}, 15 * N * F)]
-    return found
+
+    def gelu(tanh: bool, name: str) -> list[Case]:
+        return [
+            Case("gelu", f"{name} {N}x{F}", lambda dt: GELU._launch_fwd(x(dt), tanh), {"_fwd_kernel": lambda s: 2 * N * F * s}, 10 * N * F),
+            Case("gelu", f"{name} {N}x{F}", lambda dt: GELU._launch_bwd(x(dt), x(dt), tanh), {"_bwd_kernel": lambda s: 3 * N * F * s},
+                 15 * N * F)]
+    return [*(case for act, name in enumerate(GATED.ACTIVATIONS) for case in gated(act, name)), *gelu(False, "exact"), *gelu(True, "tanh")]
 
 
 def _rope(S: int, B: int, H: int, Dh: int) -> list[Case]:
@@ -123,7 +122,8 @@ def _rope(S: int, B: int, H: int, Dh: int) -> list[Case]:
         Case("rope", f"inverse {size}", lambda dt: ROPE._launch(_new(S, B, H, Dh, dtype=dt), table(), table(), True, False), floor, flops),
         Case("rope", f"partial {size}", lambda dt: ROPE._launch(heads(dt), own(), own(), False, False),
              {"_kernel": lambda s: 2 * S * B * H * Dh * s + 3 * S * B * Dh}, flops),
-        Case("rope", f"interleaved {size}", lambda dt: ROPE._launch(_new(S, B, H, Dh, dtype=dt), table(), table(), False, True), floor, flops),
+        Case("rope", f"interleaved {size}", lambda dt: ROPE._launch(_new(S, B, H, Dh, dtype=dt), table(), table(), False, True), floor,
+             flops),
     ]
 
 
@@ -134,6 +134,8 @@ def _cross_entropy(N: int, V: int) -> list[Case]:
     return [
         Case("cross_entropy", f"{N}x{V}", lambda dt: CE._launch_stats(logits(dt), ids(), V, V, -100),
              {"_stats_kernel": lambda s: N * V * s + 20 * N}, 4 * N * V),
+        Case("cross_entropy", f"{N} of 8", lambda dt: CE._launch_combine(_new(8, N, 3), ids(), -100),
+             {"_combine_kernel": lambda s: 8 * 12 * N + 20 * N}, 40 * N),
         Case("cross_entropy", f"{N}x{V}", lambda dt: CE._launch_bwd(stat(), logits(dt), ids(), stat(), stat(), V, V, -100),
              {"_bwd_kernel": lambda s: 2 * N * V * s + 20 * N}, 3 * N * V),
     ]

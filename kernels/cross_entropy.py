@@ -78,6 +78,28 @@ def _stats_kernel(x_ptr, target_ptr, stats_ptr, V, first, valid, ignore_index, B
 
 
 @triton.jit
+def _combine_kernel(stats_ptr, target_ptr, loss_ptr, m_ptr, total_ptr, N, ranks, ignore_index, BLOCK: tl.constexpr):
+    """stats [ranks, N, 3] -> loss, m, total [N], in rank order."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < N
+    ignored = tl.load(target_ptr + row, mask=mask, other=0) == ignore_index
+    m = tl.full([BLOCK], -float("inf"), dtype=tl.float32)
+    for r in range(ranks):
+        m = tl.maximum(m, tl.load(stats_ptr + (r * N + row) * 3, mask=mask, other=0.0))
+    m = tl.where(m == -float("inf"), 0.0, m)                          # an ignored row: no inf - inf below
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    target = tl.zeros([BLOCK], dtype=tl.float32)
+    for r in range(ranks):
+        at = stats_ptr + (r * N + row) * 3
+        total += tl.load(at + 1, mask=mask, other=1.0) * tl.exp(tl.load(at, mask=mask, other=0.0) - m)
+        target += tl.load(at + 2, mask=mask, other=0.0)
+    total = tl.where(ignored, 1.0, total)
+    tl.store(loss_ptr + row, tl.where(ignored, 0.0, tl.log(total) - (target - m)), mask=mask)
+    tl.store(m_ptr + row, m, mask=mask)
+    tl.store(total_ptr + row, total, mask=mask)
+
+
+@triton.jit
 def _bwd_kernel(dloss_ptr, x_ptr, target_ptr, m_ptr, total_ptr, dx_ptr, V, first, valid, ignore_index,
                 BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -107,6 +129,13 @@ def _launch_stats(logits: Tensor, targets: Tensor, first: int, valid: int, ignor
     return stats
 
 
+def _launch_combine(stats: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    loss, m, total = (stats.new_empty(stats.shape[1]) for _ in range(3))
+    if loss.numel():
+        _combine_kernel[(triton.cdiv(loss.numel(), 256),)](stats, targets, loss, m, total, loss.numel(), stats.shape[0], ignore_index, 256)
+    return loss, m, total
+
+
 def _launch_bwd(dloss: Tensor, logits: Tensor, targets: Tensor, m: Tensor, total: Tensor, first: int, valid: int,
                 ignore_index: int) -> Tensor:
     N, V = logits.shape
@@ -121,6 +150,9 @@ def _launch_bwd(dloss: Tensor, logits: Tensor, targets: Tensor, m: Tensor, total
 define("cross_entropy_stats(Tensor logits, Tensor targets, int first, int valid, int ignore_index) -> Tensor",
        _launch_stats,
        lambda logits, *_: logits.new_empty(logits.shape[0], 3, dtype=_stats_dtype(logits)))
+define("cross_entropy_combine(Tensor stats, Tensor targets, int ignore_index) -> (Tensor, Tensor, Tensor)",
+       _launch_combine,
+       lambda stats, targets, ignore_index: tuple(stats.new_empty(stats.shape[1]) for _ in range(3)))
 define("cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor m, Tensor total, int first, int valid, "
        "int ignore_index) -> Tensor",
        _launch_bwd,
@@ -135,7 +167,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, first, valid, gather, ignore_index):
         stats = torch.ops.interlace.cross_entropy_stats(logits, targets, first, valid, ignore_index)
-        loss, m, total = _combine(gather(stats) if gather else stats[None], targets == ignore_index)
+        every = gather(stats).contiguous() if gather else stats[None]
+        loss, m, total = torch.ops.interlace.cross_entropy_combine(every, targets, ignore_index)
         ctx.save_for_backward(logits, targets, m, total)
         ctx.args = first, valid, ignore_index
         return loss

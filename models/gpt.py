@@ -121,7 +121,7 @@ class Attention(nn.Module):
         return self.dropout(p, base, (H * S * S, S * S, S, 1)) @ v
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "gelu": F.gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
 
 
 class MLP(nn.Module):

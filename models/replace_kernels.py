@@ -10,7 +10,7 @@ autocast, say) and under `use(kernels="original")`.
     1-d weight and maybe bias, y = (x - mean) * rstd * w + b                       layer_norm
     gate_proj, up_proj, down_proj (or gate_up_proj): down(silu(gate(x)) * up(x))   both products into one buffer, swiglu
     the same with either gelu in place of silu                                     gated
-    no parameters, either gelu of its input                                        gelu
+    no parameters, the tanh form of gelu (torch's exact one is as fast)            gelu
     a forward that calls a function (q, k, cos, sin) of its file, which turns halves   rope, in a copy of that forward
     3-d gate_up_proj [E, 2F, H] and down_proj [E, H, F], called with chosen experts and their weights     route_plan, expert_mlp
     nn.CrossEntropyLoss; a model's `loss_function` equal to the shifted mean over labels                  cross_entropy
@@ -153,18 +153,22 @@ class GatedMLP(Fused):
             both = self.gate_up_proj(x)
         else:
             both = _gate_up(self.gate_proj, self.up_proj, x) if act == "silu" else None
-        if both is None:                                              # adapters, hooks, quantised layers: they are called
-            return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), act))
-        return self.down_proj(swiglu(both) if act == "silu" else gated(*both.chunk(2, -1), act))
+        if both is not None and act == "silu":
+            return self.down_proj(swiglu(both))
+        if both is not None:
+            gate, up = both.chunk(2, -1)
+        else:                                                         # adapters, hooks, quantised layers: they are called
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(gated(gate, up, act))
 
 
 class GELU(Fused):
-    """gelu, exact or tanh, in one pass and one exponential."""
+    """gelu's tanh form in one pass and one exponential."""
 
     def forward(self, x):
         if not _alike(x) or not x.is_floating_point():
             return super().forward(x)
-        return gelu(x, "tanh" if self._interlace.activation == "gelu_tanh" else "none")
+        return gelu(x, "tanh")
 
 
 class Rotary(Fused):
@@ -409,14 +413,13 @@ def _gelu(module: Any) -> tuple[type, Change] | str | None:
             y = type(module).forward(module, x.clone())
         except Exception:
             return None
-    for act in ("gelu", "gelu_tanh"):
-        if torch.is_tensor(y) and y.shape == x.shape and bool((y - ACTIVATIONS[act](x)).abs().max() <= 1e-5):
-            return GELU, Change(type(module), "gelu", activation=act)
+    if torch.is_tensor(y) and y.shape == x.shape and bool((y - ACTIVATIONS["gelu_tanh"](x)).abs().max() <= 1e-5):
+        return GELU, Change(type(module), "gelu")
     return None
 
 
 def _rotary(module: nn.Module) -> tuple[type, Change] | str | None:
-    return (Rotary, Change(type(module), "rope")) if rotary_call(type(module)) else None
+    return (Rotary, Change(type(module), "rope")) if rotary_call(type(module)) else None  # type: ignore[arg-type]
 
 
 def _experts(module: nn.Module) -> tuple[type, Change] | str | None:

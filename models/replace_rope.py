@@ -55,6 +55,7 @@ def rotary_call(cls: type) -> str | None:
         except Exception:
             continue
         want = [x * cos[:, None] + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin[:, None] for x in (q, k)]
-        if isinstance(got, tuple) and len(got) == 2 and all(y.shape == w.shape and torch.allclose(y, w, atol=1e-5) for y, w in zip(got, want)):
+        same = isinstance(got, tuple) and len(got) == 2 and all(y.shape == w.shape for y, w in zip(got, want))
+        if same and all(torch.allclose(y, w, atol=1e-5) for y, w in zip(got, want)):
             return name
     return None

@@ -101,7 +101,7 @@ def test_mistakes_name_the_way_out(override, wanted):
 
 def test_experts_have_no_gelu_tanh():
     assert ModelConfig(activation="gelu_tanh").ffn_size == 1024
-    with pytest.raises(UserError, match="must be swiglu or gelu with experts, got gelu_tanh; set model.activation=gelu"):
+    with pytest.raises(UserError, match=r"must be swiglu or gelu with experts, got gelu_tanh; set model\.activation=gelu"):
         load_config(None, ["model.activation=gelu_tanh", "model.num_moe_experts=4"])
 
 

@@ -83,6 +83,23 @@ def test_slices_equal_the_whole(fn, pad, t, valids):
     torch.testing.assert_close(torch.cat([g for _, g in results], 1), whole.grad, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRET else [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_cross_entropy_combine_kernel_matches(ranks, dtype, device):
+    """As torch composes it, with an ignored row and one rank's slice of padding (-inf, 0, 0)."""
+    g = torch.Generator().manual_seed(0)
+    stats = torch.stack((torch.randn(ranks, 300, generator=g) * 5, torch.rand(ranks, 300, generator=g) + 1,
+                         torch.randn(ranks, 300, generator=g)), -1).to(device, dtype)
+    stats[-1, 4], targets = torch.tensor([-torch.inf, 0, 0]), torch.zeros(300, dtype=torch.int64, device=device)
+    targets[7], stats[:, 7] = -100, torch.tensor([-torch.inf, 0, 0])
+    if ranks == 1:
+        stats[-1, 4, 1] = 1.0
+    got = torch.ops.interlace.cross_entropy_combine(stats, targets, -100)
+    torch.testing.assert_close(got, _combine(stats, targets == -100))
+    assert got[0][7] == 0 and got[2][7] == 1
+    torch.library.opcheck(torch.ops.interlace.cross_entropy_combine.default, (stats, targets, -100))
+
+
 def test_slices_in_fp32_kernel_matches(device):
     x, targets, dloss = _data(6, 37, device)
     x[2, 20:] = -torch.inf                                            # a slice of -inf only, of a row that is not

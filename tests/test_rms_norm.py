@@ -7,7 +7,7 @@ from budget import DTYPES, check_budget
 from interlace.kernels import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from interlace.kernels.dispatch import INTERPRET, fused
 
-SHAPES = [(1, 1), (3, 7, 250), (4, 128), (17, 1023), (0, 8), (5, 8197)]   # one element, odd rank, aligned, off-by-one, no rows, wider than one pass
+SHAPES = [(1, 1), (3, 7, 250), (4, 128), (17, 1023), (0, 8), (5, 8197)]   # one element, odd rank, aligned, off by one, no rows, two passes
 KERNEL_DTYPES = [torch.float32, torch.float16] if INTERPRET else DTYPES   # the interpreter truncates to bf16, has no fp64
 
 

@@ -1,7 +1,9 @@
 // cross_entropy on CPU: row statistics of one slice of the vocabulary, and its gradient. Math: kernels/cross_entropy.py
+#include <cmath>
 #include <limits>
 
 #include "common.h"
+#include "fresh.h"
 #include "math.h"
 #include "sums.h"
 
@@ -31,8 +33,7 @@ template <class T, class A> A block_sum(const T* x, int64_t n, A shift) {
 // Per row (max, sum of exp(x - max), target logit or 0) in one pass over memory; (-inf, 0, 0) for ignored rows.
 Tensor stats(Tensor logits, Tensor targets, int64_t first, int64_t valid, int64_t ignore_index) {
   const int64_t N = logits.size(0), V = logits.size(1);
-  Tensor result = torch::stable::new_empty(
-      logits, {N, 3}, logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  Tensor result = fresh_stat(logits, {N, 3});
   dispatch(logits, "cross_entropy", [&]<class T>(T) {
     using A = acc_t<T>;
     constexpr A inf = std::numeric_limits<A>::infinity();
@@ -64,11 +65,40 @@ Tensor stats(Tensor logits, Tensor targets, int64_t first, int64_t valid, int64_
   return result;
 }
 
+// stats [t, N, 3] of every rank -> loss, m, total [N], in rank order.
+std::tuple<Tensor, Tensor, Tensor> combine(Tensor stats, Tensor targets, int64_t ignore_index) {
+  const int64_t t = stats.size(0), N = stats.size(1);
+  Tensor loss = fresh(stats, {N}), top = fresh(stats, {N}), sums = fresh(stats, {N});
+  dispatch(stats, "cross_entropy", [&]<class T>(T) {
+    using A = acc_t<T>;
+    const A* sp = in<A>(stats);
+    const int64_t* tp = in<int64_t>(targets);
+    A *lp = out<A>(loss), *mp = out<A>(top), *zp = out<A>(sums);
+    rows(N, 16 * t, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) {
+        A m = -std::numeric_limits<A>::infinity(), total = 0, target = 0;
+        for (int64_t r = 0; r < t; r++) m = std::max(m, sp[3 * (r * N + n)]);
+        m = m == -std::numeric_limits<A>::infinity() ? A(0) : m;  // an ignored row: no inf - inf below
+        for (int64_t r = 0; r < t; r++) {
+          const A* s = sp + 3 * (r * N + n);
+          total += s[1] * std::exp(s[0] - m);
+          target += s[2];
+        }
+        const bool ignored = tp[n] == ignore_index;
+        mp[n] = m;
+        zp[n] = ignored ? A(1) : total;
+        lp[n] = ignored ? A(0) : std::log(total) - (target - m);
+      }
+    });
+  });
+  return {loss, top, sums};
+}
+
 // dlogits = (exp(x - shift) / total - onehot) * dloss; zero for ignored rows and for padding columns.
 Tensor bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor shift, Tensor total, int64_t first, int64_t valid,
            int64_t ignore_index) {
   const int64_t N = logits.size(0), V = logits.size(1);
-  Tensor dlogits = torch::stable::empty_like(logits);
+  Tensor dlogits = fresh_like(logits);
   dispatch(logits, "cross_entropy", [&]<class T>(T) {
     using A = acc_t<T>;
     const T* xp = in<T>(logits);
@@ -93,6 +123,7 @@ Tensor bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor shift, Tensor tot
 
 STABLE_TORCH_LIBRARY_IMPL(interlace, CPU, m) {
   m.impl("cross_entropy_stats", TORCH_BOX(&stats));
+  m.impl("cross_entropy_combine", TORCH_BOX(&combine));
   m.impl("cross_entropy_bwd", TORCH_BOX(&bwd));
 }
 }  // namespace

@@ -1,13 +1,14 @@
 // gated on CPU: y = act(gate) * up, gate and up apart. Math and shapes: kernels/gated.py
 #include "activations.h"
 #include "common.h"
+#include "fresh.h"
 
 namespace interlace {
 namespace {
 
 Tensor fwd(Tensor gate, Tensor up_, int64_t number) {
   const int64_t N = gate.size(0), F = gate.size(1), gs = gate.stride(0), us = up_.stride(0);
-  Tensor y = torch::stable::new_empty(gate, {N, F});
+  Tensor y = fresh(gate, {N, F});
   dispatch(gate, "gated", [&]<class T>(T) {
     activation(number, [&]<class Act>(Act) {
       const T *gp = in<T>(gate), *upp = in<T>(up_);
@@ -27,7 +28,7 @@ Tensor fwd(Tensor gate, Tensor up_, int64_t number) {
 
 std::tuple<Tensor, Tensor> bwd(Tensor dy, Tensor gate, Tensor up_, int64_t number) {
   const int64_t N = gate.size(0), F = gate.size(1), gs = gate.stride(0), us = up_.stride(0);
-  Tensor dgate = torch::stable::new_empty(gate, {N, F}), dup = torch::stable::new_empty(gate, {N, F});
+  Tensor dgate = fresh(gate, {N, F}), dup = fresh(gate, {N, F});
   dispatch(gate, "gated", [&]<class T>(T) {
     activation(number, [&]<class Act>(Act) {
       const T *dp = in<T>(dy), *gp = in<T>(gate), *upp = in<T>(up_);

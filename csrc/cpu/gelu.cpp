@@ -1,6 +1,7 @@
 // gelu on CPU, exact or its tanh form. Math and shapes: kernels/gelu.py
 #include "activations.h"
 #include "common.h"
+#include "fresh.h"
 
 namespace interlace {
 namespace {
@@ -8,7 +9,7 @@ namespace {
 template <class F> void pick(bool tanh, const F& f) { activation(tanh ? 2 : 1, f); }
 
 Tensor fwd(Tensor x, bool tanh) {
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = fresh_like(x);
   dispatch(x, "gelu", [&]<class T>(T) {
     pick(tanh, [&]<class F>(F) {
       const T* xp = in<T>(x);
@@ -23,7 +24,7 @@ Tensor fwd(Tensor x, bool tanh) {
 }
 
 Tensor bwd(Tensor dy, Tensor x, bool tanh) {
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = fresh_like(x);
   dispatch(x, "gelu", [&]<class T>(T) {
     pick(tanh, [&]<class F>(F) {
       const T *dyp = in<T>(dy), *xp = in<T>(x);

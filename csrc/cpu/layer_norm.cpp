@@ -2,19 +2,15 @@
 #include <optional>
 #include <vector>
 
+#include "fresh.h"
 #include "norm_rows.h"
 
 namespace interlace {
 namespace {
 
-Tensor stat(const Tensor& x, int64_t N) {
-  const bool fp64 = x.scalar_type() == ScalarType::Double;
-  return torch::stable::new_empty(x, {N}, fp64 ? ScalarType::Double : ScalarType::Float);
-}
-
 std::tuple<Tensor, Tensor, Tensor> fwd(Tensor x, Tensor w, std::optional<Tensor> b, double eps) {
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
-  Tensor y = torch::stable::empty_like(x), mean = stat(x, N), rstd = stat(x, N);
+  Tensor y = fresh_like(x), mean = fresh_stat(x, {N}), rstd = fresh_stat(x, {N});
   dispatch(x, "layer_norm", [&]<class T>(T) {
     using A = acc_t<T>;
     const T *xp = in<T>(x), *wp = in<T>(w), *bp = b ? in<T>(*b) : nullptr;
@@ -30,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(Tensor x, Tensor w, std::optional<Tensor>
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_fwd(Tensor x, Tensor residual, Tensor w, std::optional<Tensor> b,
                                                    double eps) {
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
-  Tensor h = torch::stable::empty_like(x), y = torch::stable::empty_like(x), mean = stat(x, N), rstd = stat(x, N);
+  Tensor h = fresh_like(x), y = fresh_like(x), mean = fresh_stat(x, {N}), rstd = fresh_stat(x, {N});
   dispatch(x, "add_layer_norm", [&]<class T>(T) {
     using A = acc_t<T>;
     const T *xp = in<T>(x), *sp = in<T>(residual), *wp = in<T>(w), *bp = b ? in<T>(*b) : nullptr;
@@ -52,8 +48,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_fwd(Tensor x, Tensor residual, Te
 // One row of dx, and its terms of dw and db. dh is read only with DH.
 template <bool DH, class T, class A>
 void row_bwd(const T* dy, const T* h, const T* w, const T* dh, A m, A r, T* dx, A* dw, A* db, int64_t D) {
-  const A g = sum<A>(D, [=](int64_t i) { return up(dy[i]) * up(w[i]); }) / A(D);
-  const A gx = sum<A>(D, [=](int64_t i) { return up(dy[i]) * up(w[i]) * (up(h[i]) - m); }) * r / A(D);
+  A s[LANES] = {}, sx[LANES] = {}, g = 0, gx = 0;  // sums of dy * w and of dy * w * (h - m), in one pass
+  int64_t k = 0;
+  for (; k + LANES <= D; k += LANES) {
+#pragma omp simd
+    for (int j = 0; j < LANES; j++) {
+      const A t = up(dy[k + j]) * up(w[k + j]);
+      s[j] += t;
+      sx[j] += t * (up(h[k + j]) - m);
+    }
+  }
+  for (; k < D; k++) {
+    const A t = up(dy[k]) * up(w[k]);
+    g += t;
+    gx += t * (up(h[k]) - m);
+  }
+  g = (g + fold(s)) / A(D);
+  gx = (gx + fold(sx)) * r / A(D);
 #pragma omp simd
   for (int64_t i = 0; i < D; i++) {
     const A d = up(dy[i]), xhat = (up(h[i]) - m) * r;
@@ -71,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd(Tensor dy, Tensor h, Tensor w, Tensor mea
   const int64_t D = h.size(-1), N = D ? h.numel() / D : 0;
   // P partial sums, fixed by N and the number of threads
   const int64_t P = std::max<int64_t>(1, std::min<int64_t>(N, torch::stable::get_num_threads()));
-  Tensor dx = torch::stable::empty_like(h), dw = torch::stable::empty_like(w);
-  Tensor db = torch::stable::new_empty(w, {bias ? D : 0});
+  Tensor dx = fresh_like(h), dw = fresh_like(w);
+  Tensor db = fresh(w, {bias ? D : 0});
   dispatch(h, "layer_norm", [&]<class T>(T) {
     using A = acc_t<T>;
     const T *dyp = in<T>(dy), *hp = in<T>(h), *wp = in<T>(w), *dhp = dh ? in<T>(*dh) : nullptr;

@@ -1,6 +1,7 @@
 // rms_norm on CPU: h = x (+ residual); y = h * rstd * (w + offset). Math and shapes: kernels/rms_norm.py
 #include <vector>
 
+#include "fresh.h"
 #include "norm_rows.h"
 
 namespace interlace {
@@ -8,8 +9,8 @@ namespace {
 
 std::tuple<Tensor, Tensor> fwd(Tensor x, Tensor w, double eps, double offset) {
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
-  Tensor y = torch::stable::empty_like(x);
-  Tensor rstd = torch::stable::new_empty(x, {N}, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  Tensor y = fresh_like(x);
+  Tensor rstd = fresh_stat(x, {N});
   dispatch(x, "rms_norm", [&]<class T>(T) {
     using A = acc_t<T>;
     const T *xp = in<T>(x), *wp = in<T>(w);
@@ -24,8 +25,8 @@ std::tuple<Tensor, Tensor> fwd(Tensor x, Tensor w, double eps, double offset) {
 
 std::tuple<Tensor, Tensor, Tensor> add_fwd(Tensor x, Tensor residual, Tensor w, double eps, double offset) {
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
-  Tensor h = torch::stable::empty_like(x), y = torch::stable::empty_like(x);
-  Tensor rstd = torch::stable::new_empty(x, {N}, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  Tensor h = fresh_like(x), y = fresh_like(x);
+  Tensor rstd = fresh_stat(x, {N});
   dispatch(x, "add_rms_norm", [&]<class T>(T) {
     using A = acc_t<T>;
     const T *xp = in<T>(x), *sp = in<T>(residual), *wp = in<T>(w);
@@ -48,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> add_fwd(Tensor x, Tensor residual, Tensor w, 
 std::tuple<Tensor, Tensor> bwd(Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor dh, double offset) {
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
   const int64_t P = std::max<int64_t>(1, std::min<int64_t>(N, torch::stable::get_num_threads()));  // partial sums of dw, fixed by N and threads
-  Tensor dx = torch::stable::empty_like(x), dw = torch::stable::empty_like(w);
+  Tensor dx = fresh_like(x), dw = fresh_like(w);
   const bool has_dh = dh.numel() > 0;
   dispatch(x, "rms_norm", [&]<class T>(T) {
     using A = acc_t<T>;

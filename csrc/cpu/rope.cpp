@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "common.h"
+#include "fresh.h"
 
 namespace interlace {
 namespace {
@@ -14,7 +15,7 @@ Tensor rope(Tensor x, Tensor cos, Tensor sin, bool inverse, bool interleaved) {
   STD_TORCH_CHECK(Dh < 2 || x.stride(3) == 1, "rope: the last dimension of x must be contiguous");
   STD_TORCH_CHECK(2 * d <= Dh && cos.size(0) == S && cos.size(1) == B, "rope: cos must be [S, B, d] with 2 d <= Dh");
   STD_TORCH_CHECK(d < 2 || (cos.stride(2) == 1 && sin.stride(2) == 1), "rope: the last dimension of the tables must be contiguous");
-  Tensor y = torch::stable::new_empty(x, {S, B, H, Dh});
+  Tensor y = fresh(x, {S, B, H, Dh});
   dispatch(x, "rope", [&]<class T>(T) {
     using A = acc_t<T>;
     const T* xp = in<T>(x);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common.h"
+#include "fresh.h"
 #include "math.h"
 
 namespace interlace {
@@ -15,7 +16,7 @@ template <class A> const A* per_row(const std::optional<Tensor>& probs) { return
 Tensor fwd(Tensor gate_up, std::optional<Tensor> probs) {
   std::vector<int64_t> shape(gate_up.sizes().begin(), gate_up.sizes().end());
   const int64_t F = shape.back() /= 2, N = F ? gate_up.numel() / (2 * F) : 0;
-  Tensor y = torch::stable::new_empty(gate_up, shape);
+  Tensor y = fresh(gate_up, shape);
   dispatch(gate_up, "swiglu", [&]<class T>(T) {
     using A = acc_t<T>;
     const T* xp = in<T>(gate_up);
@@ -56,7 +57,7 @@ template <bool Probs, class T> acc_t<T> bwd_row(const T* d, const T* g, const T*
 
 Tensor bwd(Tensor dy, Tensor gate_up) {
   const int64_t F = gate_up.size(-1) / 2, N = F ? gate_up.numel() / (2 * F) : 0;
-  Tensor dx = torch::stable::empty_like(gate_up);
+  Tensor dx = fresh_like(gate_up);
   dispatch(gate_up, "swiglu", [&]<class T>(T) {
     const T *dyp = in<T>(dy), *xp = in<T>(gate_up);
     T* dxp = out<T>(dx);
@@ -70,9 +71,8 @@ Tensor bwd(Tensor dy, Tensor gate_up) {
 
 std::tuple<Tensor, Tensor, Tensor> probs_bwd(Tensor dy, Tensor gate_up, std::optional<Tensor> probs) {
   const int64_t F = gate_up.size(-1) / 2, N = dy.numel() / std::max<int64_t>(F, 1);
-  Tensor dx = torch::stable::empty_like(gate_up), y = torch::stable::empty_like(dy);
-  Tensor dp = torch::stable::new_empty(dy, {probs ? probs->numel() : 0},
-                                       gate_up.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  Tensor dx = fresh_like(gate_up), y = fresh_like(dy);
+  Tensor dp = fresh_stat(dy, {probs ? probs->numel() : 0});
   dispatch(gate_up, "swiglu", [&]<class T>(T) {
     using A = acc_t<T>;
     const T *dyp = in<T>(dy), *xp = in<T>(gate_up);
