@@ -281,7 +281,7 @@ def find(out: Path) -> Path | None:
     pointer = out / "checkpoints" / "latest"
     if not pointer.exists():
         return None
-    folder = pointer.parent / pointer.read_text().strip()
+    folder = pointer.parent / pointer.read_text(errors="replace").strip()
     if folder.parent != pointer.parent or not (folder / "state.json").exists():
         others = sorted(p.name for p in pointer.parent.glob("step-*"))
         raise UserError(f"checkpoint: {pointer} names {folder.name}, which is not complete; write one of {others} into it, "
@@ -294,10 +294,10 @@ def resume(out: Path, config: Config, model: nn.Module, vocab_size: int, optimiz
     """Load the newest checkpoint that is what was written, from `latest` backwards; None where there is none at all. What is passed
     over goes to `skipped`, a line each. Raises: UserError as `load`, and Damaged where none is left."""
     pointer = out / "checkpoints" / "latest"
-    if not pointer.exists():
-        return None
-    latest = pointer.read_text().strip()
     newest = sorted(pointer.parent.glob("step-*"), reverse=True)
+    if not pointer.exists() and not newest:
+        return None
+    latest = pointer.read_text(errors="replace").strip() if pointer.exists() else ""
     if latest in {f.name for f in newest}:                            # what is newer was not finished
         newest = [f for f in newest if f.name <= latest]
     else:
@@ -312,12 +312,17 @@ def resume(out: Path, config: Config, model: nn.Module, vocab_size: int, optimiz
     raise damage or UserError(f"checkpoint: {pointer} names {latest!r}, and there is no step-... beside it; use another --out")
 
 
+STATE = {"step": int, "samples": int, "precision": str, "model": dict, "sha256": dict}
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json. Raises: Damaged."""
     try:
         state = json.loads((folder / "state.json").read_text())
-        if not isinstance(state, dict) or (lacks := {"step", "samples", "precision", "model", "sha256"} - state.keys()):
+        if not isinstance(state, dict) or (lacks := STATE.keys() - state.keys()):
             raise ValueError(f"it lacks {', '.join(sorted(lacks))}" if isinstance(state, dict) else "it holds no object")
+        if wrong := [w for w, kind in STATE.items() if type(state[w]) is not kind]:
+            raise ValueError(f"of another type than was written: {', '.join(wrong)}")
         return state
     except (OSError, ValueError) as e:
         raise Damaged(f"checkpoint: {folder / 'state.json'} cannot be read: {e}; use another --out, or an older step") from None
@@ -333,7 +338,7 @@ def verify_files(folder: Path, state: dict[str, Any]) -> None:
         part, parts = name.split("-", 1)[0], name.rpartition("-of-")[2]   # all ranks must find the same, whichever stage they read
         if "-of-" in name and sum(n.startswith(part) and n.endswith(f"-of-{parts}") for n in state["sha256"]) != int(parts.split(".")[0]):
             raise Damaged(f"checkpoint: {folder / 'state.json'} must name all parts of {part}, got {name} and not all; {way_out}")
-        if not (folder / name).exists() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or _sha256(folder / name) != digest:
             raise Damaged(f"checkpoint: {folder / name} is missing or damaged (its SHA-256 is not the one it was written with); {way_out}")
 
 

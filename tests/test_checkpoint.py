@@ -93,18 +93,31 @@ def test_names_are_global_and_files_are_safetensors(saved):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
-@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "folder"])
 def test_damage_is_named(saved, name, harm):
     out, cfg, model, opt = saved
     path = checkpoint.find(out) / name
     data = bytearray(path.read_bytes())
-    if harm == "remove":
+    if harm in ("remove", "folder"):
         path.unlink()
+        if harm == "folder":
+            path.mkdir()
     else:
         data[-5] ^= 1
         path.write_bytes(data if harm == "flip" else data[:-100])
     with pytest.raises(UserError, match=f"{name} is missing or damaged"):
         checkpoint.load(checkpoint.find(out), cfg, model, 41, opt)
+
+
+@pytest.mark.parametrize("word, value", [("step", "four"), ("step", True), ("samples", None), ("sha256", ["model.safetensors"]), ("model", 3)])
+def test_a_state_of_other_types_is_damage(saved, word, value):
+    out, cfg, model, opt = saved
+    path = checkpoint.find(out) / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), word: value}))
+    with pytest.raises(UserError, match=f"state.json cannot be read: of another type than was written: {word}"):
+        checkpoint.load(checkpoint.find(out), cfg, model, 41, opt)
+    said = []
+    assert checkpoint.resume(out, cfg, model, 41, opt, said.append)["step"] == 1 and len(said) == 1
 
 
 def test_other_model_is_refused_word_by_word(saved):

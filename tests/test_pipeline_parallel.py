@@ -7,8 +7,9 @@ from test_launch import check_gone, finish, pids, start
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from interlace.kernels.comm import copy_gemm
+from interlace.kernels.comm import all_gather, copy_gemm
 from interlace.models.config import ModelConfig
+from interlace.models.schedule import bubble, timeline
 from interlace.parallel.deferred import Deferred, linear
 from interlace.parallel.layout import SCHEDULES, stages_of_rank
 from interlace.parallel.mesh import Axis
@@ -101,6 +102,71 @@ def test_equals_one_process(name, pp, v, n, recompute):
 @pytest.mark.parametrize("name", ["1f1b", "zbv_zero_bubble"])
 def test_bf16(name):
     run(2, _equal, name, 2, 2 if SCHEDULES[name].chunked else 1, 2, torch.bfloat16, False)
+
+
+# ---- the bubble -------------------------------------------------------------------------------------------------
+
+
+class Clocked(nn.Module):
+    """A stage of known cost: a forward takes 1 of its rank's clock, the input's and the weights' gradients 1 each, and messages carry the
+    time they were sent at. What is run is torch's schedule, over real messages; what is measured does not depend on the machine."""
+
+    def __init__(self, index, last, clock):
+        super().__init__()
+        self.index, self.last, self.clock, self.deferred = index, last, clock, None
+        self.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def defer(self, deferred):
+        self.deferred = deferred
+
+    def spend(self, cost, since=0.0):
+        self.clock[0] = max(self.clock[0], since) + cost
+        self.clock[1] += cost
+        return self.clock[0]
+
+    def forward(self, x, *, labels, first_sample):
+        h = _Spent.apply(x.double(), self.weight, self)
+        return h.sum().view(1) if self.last else h
+
+
+class _Spent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, stage):
+        ctx.stage = stage
+        return torch.full_like(x, stage.spend(1, x.max().item() if stage.index else 0))
+
+    @staticmethod
+    def backward(ctx, dh):
+        stage = ctx.stage
+        sent = 0 if stage.last else dh.max().item()
+        if stage.deferred is not None:
+            stage.deferred.waiting.append(lambda: stage.spend(1))
+        return torch.full_like(dh, stage.spend(2 if stage.deferred is None else 1, sent)), torch.zeros(1, dtype=torch.float64), None
+
+
+def _bubble(rank, name, pp, v, n):
+    m = ModelConfig(num_layers=pp * v, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=v if v > 1 else None,
+                    pipeline_parallel_schedule=name)
+    clock, axis = [0.0, 0.0], axis_of(rank, pp)                       # now, and busy so far
+    stages = {i: Clocked(i, i == pp * v - 1, clock) for i in stages_of_rank(m, rank)}
+    pipeline = Pipeline(stages, axis, num_stages=pp * v, schedule=name, microbatches=n, ids_shape=(1, 2), shape=(1, 2),
+                        dtype=torch.float64, loss_dtype=torch.float64, device=torch.device("cpu"))
+    ids = torch.ones(n, 2, dtype=torch.int64)
+    pipeline.step(ids, ids, torch.arange(n))
+    every = all_gather(torch.tensor([clock], dtype=torch.float64), axis.group)
+    measured = 1 - every[:, 1].sum().item() / (pp * every[:, 0].max().item())
+    assert clock[1] == 3 * n * v, "a forward or a half of a backward did not run"
+    assert measured <= (pp - 1) / (n + pp - 1) + 1e-12, measured
+    if name in ("gpipe", "1f1b"):
+        assert measured == pytest.approx((pp - 1) / (n + pp - 1))
+    assert measured == pytest.approx(bubble(timeline(m, n)), abs=0.02), (measured, bubble(timeline(m, n)))
+
+
+@pytest.mark.parametrize("name, pp, v, n", [("1f1b", 2, 1, 8), ("1f1b", 3, 1, 6), ("gpipe", 2, 1, 8), ("interleaved_1f1b", 2, 2, 8),
+                                            ("interleaved_zero_bubble", 2, 2, 8), ("zbv_zero_bubble", 2, 2, 8)])
+def test_bubble_of_what_runs(name, pp, v, n):
+    """1F1B, 2 stages, 8 micro-batches: 1/9. The measured one is that of the books, and of the timeline that `explain` draws."""
+    run(pp, _bubble, name, pp, v, n)
 
 
 # ---- deferred gradients -----------------------------------------------------------------------------------------

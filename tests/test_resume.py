@@ -374,10 +374,11 @@ def test_latest_may_name_nothing(tmp_path):
     cfg, opt = built("gqa", ONE)
     checkpoint.save(tmp_path, cfg, opt, step=1, samples=4, vocab_size=45)
     pointer, said = tmp_path / "checkpoints" / "latest", []
-    for name in ("../../etc", "step-00000009", ""):
-        pointer.write_text(name)
+    for name in (b"../../etc", b"step-00000009", b"", b"\xff\xfe", None):   # None: a kill before the first one was pointed to
+        pointer.write_bytes(name) if name is not None else pointer.unlink()
         assert checkpoint.resume(tmp_path, cfg, opt.ddp.module, 45, opt, said.append)["step"] == 1
-    assert len(said) == 3 and "names '../../etc', which is not there" in said[0]
+    pointer.write_text("step-00000009")
+    assert len(said) == 5 and "names '../../etc', which is not there" in said[0]
     (tmp_path / "checkpoints" / "step-00000001").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"there is no step-\.\.\. beside it"):
         checkpoint.resume(tmp_path, cfg, opt.ddp.module, 45, opt)
