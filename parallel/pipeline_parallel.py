@@ -27,6 +27,12 @@ from .mesh import Axis
 __all__ = ["Pipeline"]
 
 
+class _Stage(PipelineStage):
+    def _get_init_p2p_neighbors_ops(self):
+        """Not to this rank itself, where a V puts two neighbours on it: torch up to 2.12 sends there too, and gloo has no such pair."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
 class Pipeline:
     """This rank's stages under one schedule.
 
@@ -51,8 +57,8 @@ class Pipeline:
         made = []
         for i, module in sorted(stages.items()):
             later = Deferred() if how.split_backward else None
-            stage = PipelineStage(module, i, num_stages, device, input_args=h if i else ids, group=pp.group,
-                                  output_args=loss if i == num_stages - 1 else h, dw_builder=later.take if later else None)
+            stage = _Stage(module, i, num_stages, device, input_args=h if i else ids, group=pp.group,
+                           output_args=loss if i == num_stages - 1 else h, dw_builder=later.take if later else None)
             made.append(stage)
             module.defer(later)
             module.loss_scale = 1 / microbatches
