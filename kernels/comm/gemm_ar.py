@@ -48,11 +48,11 @@ def reduced_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
         else:
             heap.serve("gemm_ar", M, N, K)
         return all_reduce(y, heap or group, out=y)
-    y, b = a.new_empty(M, N), ready(b)
+    y, packed = a.new_empty(M, N), ready(b)
     step = heap.nbytes // max(1, N * a.element_size())               # rows that fit a slot
     for i in range(0, max(M, 1), step):
         rows = a[i:i + step]
-        block = gemm(rows, b, out=heap.stage((rows.shape[0], N), a.dtype))
+        block = gemm(rows, packed, out=heap.stage((rows.shape[0], N), a.dtype))
         heap.serve("gemm_ar", M, N, K)
         all_reduce(block, heap, out=y[i:i + step])
     return y

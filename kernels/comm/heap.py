@@ -170,7 +170,7 @@ def meet(mine: Any, group: dist.ProcessGroup, op: str, to: str) -> list[Any]:
     store, rank, n = dist.distributed_c10d._get_process_group_store(group), dist.get_rank(group), _met.get(group, 0)
     keys = [f"interlace/{n}/{r}" for r in range(dist.get_world_size(group))]
     end, name = time.monotonic() + PATIENCE, group.group_desc or group.group_name
-    store.set(keys[rank], pickle.dumps((to, mine)))
+    store.set(keys[rank], pickle.dumps((to, mine)))                   # type: ignore[arg-type]
 
     def away(why: str) -> TimeoutError:
         store.delete_key(keys[rank])

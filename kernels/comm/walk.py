@@ -61,7 +61,7 @@ class Walk:
 def summed_product(op: str, a: Tensor, b: Tensor, heap: SymmHeap, lo: int, hi: int) -> Tensor:
     (M, K), N = a.shape, b.shape[1]
     y, step = a.new_empty(hi - lo, N), block_rows(M, N * a.element_size(), heap.nbytes)
-    b = ready(b)
+    packed = ready(b)
     with Walk(heap, op, M, N, K, a.dtype) as walk:
 
         def take(at: int) -> None:
@@ -72,7 +72,7 @@ def summed_product(op: str, a: Tensor, b: Tensor, heap: SymmHeap, lo: int, hi: i
 
         for i in range(0, M, step):
             rows = a[i:i + step]
-            gemm(rows, b, out=walk.place(rows.shape[0], N))
+            gemm(rows, packed, out=walk.place(rows.shape[0], N))
             if i:
                 take(i - step)
             walk.signal()
@@ -83,7 +83,7 @@ def summed_product(op: str, a: Tensor, b: Tensor, heap: SymmHeap, lo: int, hi: i
 def gathered_product(x: Tensor, b: Tensor, heap: SymmHeap) -> Tensor:
     (m, K), N, mine = x.shape, b.shape[1], heap.rank * x.shape[0]
     y, step = x.new_empty(heap.size * m, N), block_rows(m, K * x.element_size(), heap.nbytes)
-    b = ready(b)
+    packed = ready(b)
     with Walk(heap, "ag_gemm", m, K, N, x.dtype) as walk:
 
         def take(at: int) -> None:
@@ -91,7 +91,7 @@ def gathered_product(x: Tensor, b: Tensor, heap: SymmHeap) -> Tensor:
             rows = min(step, m - at)
             for i in range(1, heap.size):
                 r = (heap.rank + i) % heap.size
-                gemm(walk.peer(r, rows, K), b, out=y[r * m + at:r * m + at + rows])
+                gemm(walk.peer(r, rows, K), packed, out=y[r * m + at:r * m + at + rows])
 
         for i in range(0, m, step):
             rows = x[i:i + step]
@@ -99,6 +99,6 @@ def gathered_product(x: Tensor, b: Tensor, heap: SymmHeap) -> Tensor:
             if i:
                 take(i - step)
             walk.signal()
-            gemm(rows, b, out=y[mine + i:mine + i + rows.shape[0]])   # while the others' rows arrive
+            gemm(rows, packed, out=y[mine + i:mine + i + rows.shape[0]])   # while the others' rows arrive
         take(i)
     return y
