@@ -389,9 +389,10 @@ def test_cases(op, sweep):
         found = bench_run.load(op).cases(sweep, world)
         keys = [json.dumps(c.key()) for c in found]
         assert found and len({*keys}) == len(keys) and all(c.world == world for c in found)
-        if op not in ("train_step", "route_plan") and (op, sweep) != ("collectives", "quick-cuda"):   # a plan has no type, no gradient
+        plain = op not in ("train_step", "replace", "route_plan")     # a plan has no type, no gradient
+        if plain and (op, sweep) != ("collectives", "quick-cuda"):
             assert {c.dtype for c in found} == {"float32", "bfloat16"}
-        if op not in ("train_step", "collectives", "route_plan", "adamw", "grad_norm"):
+        if op not in ("train_step", "replace", "collectives", "route_plan", "adamw", "grad_norm"):
             assert {c.direction for c in found} == {"fwd", "bwd", "fwd+bwd"} and any(c.name == "odd" for c in found)
 
 

@@ -296,7 +296,7 @@ def test_rotary_function_by_what_it_computes():
     equal_to_stock(model["a"], x)
     assert "Add" in str(model["a"](x).grad_fn.next_functions)
     assert rotate.__globals__["rotate"] is rotate, "nothing outside the instance may change"
-    copied = pickle.loads(pickle.dumps(nn.Sequential(nn.GELU(), nn.LayerNorm(8))))
+    copied = pickle.loads(pickle.dumps(nn.Sequential(nn.GELU("tanh"), nn.LayerNorm(8))))
     assert interlace.replace_(copied).replaced and isinstance(pickle.loads(pickle.dumps(copied))[0], Fused)
 
 
