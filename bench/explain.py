@@ -5,7 +5,7 @@ import torch.distributed as dist
 from ..kernels.comm import heap_of
 from ..kernels.comm.choose import choose
 from ..kernels.comm.heap import WHY_NOT
-from ..kernels.comm.pad import pad_room
+from ..kernels.comm.pad import pad_multicast, pad_room
 
 __all__ = ["path"]
 
@@ -18,14 +18,17 @@ def path(op: str, group: dist.ProcessGroup | None, device: str, shape: tuple[int
     if group is None or dist.get_world_size(group) == 1:
         return "one rank: nothing is communicated"
     heap = heap_of(group) if device == "cpu" else None
-    room = heap.nbytes if heap is not None else pad_room(torch.empty(0, dtype=dtype, device=device), group) if device != "cpu" else 0
+    x = torch.empty(0, dtype=dtype, device=device)
+    room = heap.nbytes if heap is not None else pad_room(x, group) if device != "cpu" else 0
+    multicast = pad_multicast(x, group)
     side = "; communicates in the backward" if op in DUALS else ""
     if inner is not None:
         rows, cols = shape                                            # type: ignore[misc]
-        return str(choose(DUALS.get(op, op), rows, cols, inner, dtype.itemsize, dist.get_world_size(group), device,
-                          room)) + side
+        return str(choose(DUALS.get(op, op), rows, cols, inner, dtype.itemsize, dist.get_world_size(group), device, room,
+                          multicast=multicast)) + side
     if device != "cpu":
-        return str(choose(op, torch.Size(shape).numel(), 1, 0, dtype.itemsize, dist.get_world_size(group), device, room))
+        return str(choose(op, torch.Size(shape).numel(), 1, 0, dtype.itemsize, dist.get_world_size(group), device, room,
+                          multicast=multicast))
     if heap is None:
         return f"torch.distributed: no shared memory among these ranks{f' ({WHY_NOT})' if WHY_NOT else ''}"
     n = dtype.itemsize * torch.Size(shape).numel()

@@ -185,7 +185,7 @@ def _multicasts(rank, world):
                 assert torch.equal(y, want), f"{dtype} {n} call {call}"
                 assert torch.equal(x, y if call == 3 else xs[rank]), "in place, or x is left alone"
         pad.check()
-    for dtype in (torch.bfloat16, torch.float16):                     # real numbers: the same bits everywhere, and no more error than eager's
+    for dtype in (torch.bfloat16, torch.float16):                     # the same bits everywhere, and no more error than eager's
         xs = [torch.randn(1 << 20, generator=g).to(dtype).cuda() for _ in range(world)]
         y, truth = multicast_ar.launch(pad, xs[rank], two_shot=True), sum(x.double() for x in xs)
         every = [None] * world

@@ -120,6 +120,18 @@ def test_tiers_that_are_broken(tmp_path):
     assert "the C++ ops are built and not used: interlace: C++ ops were built for a CPU with avx512f" in notes and "pip install" in notes
 
 
+def test_the_cuda_tier(tmp_path):
+    """Where torch is a CPU build nobody is told to build it; where it loads, for which GPUs."""
+    (tmp_path / "_build.json").write_text(json.dumps({"cuda": {"built": True, "why": "built", "arches": ["sm_80", "sm_90a"]}}))
+    found, notes = tiers(tmp_path)
+    assert not found["cuda"]["built"] and "CUDA" not in notes
+    (tmp_path / "_cuda.so").touch()
+    found, notes = tiers(tmp_path, types.SimpleNamespace(CPP=False, CUDA=True))
+    assert found["cuda"] == {"built": True, "loads": True, "why": "loads, built for sm_80 sm_90a"} and "CUDA" not in notes
+    found, notes = tiers(tmp_path, types.SimpleNamespace(CPP=False, CUDA=False))
+    assert found["cuda"]["loads"] is None and found["cuda"]["why"] == "torch is a CPU build" and "CUDA" not in notes
+
+
 def test_a_tier_that_is_switched_off(tmp_path, monkeypatch):
     (tmp_path / "_cpu.so").touch()
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -28,15 +28,16 @@ def on_cpu(tmp_path_factory):
     @cache
     def built(off):
         out = folder / (off or "all").replace(" ", "_")
-        done = subprocess.run([cxx, "-std=c++20", "-O1", "-g", "-Wall", "-Werror", "-fsanitize=thread", *OFF[off], f"-I{CUDA}",
-                               f"-I{ROOT / 'tests'}", str(ROOT / "tests/multicast_on_cpu.cpp"), "-o", str(out)], capture_output=True, text=True)
+        flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Werror", "-fsanitize=thread", *OFF[off], f"-I{CUDA}", f"-I{ROOT / 'tests'}"]
+        done = subprocess.run([cxx, *flags, str(ROOT / "tests/multicast_on_cpu.cpp"), "-o", str(out)], capture_output=True, text=True)
         if "tsan" in done.stderr and "cannot find" in done.stderr:
             pytest.skip("needs the thread sanitizer of g++")
         assert not done.returncode, done.stderr[-3000:]
         return out
 
     def run(words, off=""):
-        done = subprocess.run([built(off), *map(str, words)], capture_output=True, text=True, timeout=280, env={"TSAN_OPTIONS": "exitcode=66 halt_on_error=1"})
+        done = subprocess.run([built(off), *map(str, words)], capture_output=True, text=True, timeout=280,
+                              env={"TSAN_OPTIONS": "exitcode=66 halt_on_error=1"})
         if "unexpected memory mapping" in done.stderr:
             pytest.skip("the thread sanitizer does not run on this kernel")
         return done
@@ -175,9 +176,9 @@ def compiled(tmp_path_factory):
         folder = tmp_path_factory.mktemp("ptx")
         arches = ["90a"] if off else constants["ARCHES"]
         targets = [f for a in arches for f in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
-        done = subprocess.run([nvcc, *constants["NVCC_FLAGS"], *OFF[off], *targets, "-isystem", str(include), "--keep", "--keep-dir", str(folder),
-                               "-ptx" if off else "-c", str(CUDA / "multicast_ar.cu"), "-o", str(folder / ("out.ptx" if off else "out.o"))],
-                              capture_output=True, text=True)
+        what = ["-ptx", "-o", str(folder / "out.ptx")] if off else ["-c", "-o", str(folder / "out.o")]
+        done = subprocess.run([nvcc, *constants["NVCC_FLAGS"], *OFF[off], *targets, "-isystem", str(include), "--keep", "--keep-dir",
+                               str(folder), *what, str(CUDA / "multicast_ar.cu")], capture_output=True, text=True)
         assert not done.returncode, done.stderr[-3000:]
         return {re.search(r"^\.target (\w+)", p.read_text(), re.M)[1]: p.read_text() for p in folder.glob("*.ptx")}
     return lambda arch, off="": build(off)[arch]
