@@ -20,6 +20,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -283,8 +284,22 @@ def _needs_compiler() -> str:
     return str(triton.__version__)
 
 
-def compiled_rows(arches: Sequence[str] = ARCHES, roofs: dict[str, Roof] = ROOFS) -> Iterator[dict[str, Any]]:
-    """One row per kernel, case, dtype and arch."""
+@dataclass(frozen=True)
+class _Planned:
+    """A launch to compile for one architecture, and its name in the cache."""
+    case: Any
+    launch: _Launch
+    dtype: str
+    itemsize: int
+    arch: str
+    key: str
+
+    def made(self) -> dict[str, Any]:
+        return _cached(self.key, lambda: _compile(self.launch, self.arch))
+
+
+def _planned(arches: Sequence[str], roofs: dict[str, Roof]) -> Iterator[_Planned]:
+    """Every launch of every case: recorded, not compiled."""
     version = _needs_compiler()
     import torch
 
@@ -303,16 +318,45 @@ def compiled_rows(arches: Sequence[str] = ARCHES, roofs: dict[str, Roof] = ROOFS
                 for launch in launches:
                     spec = (launch.kernel.cache_key, launch.signature, launch.constexprs, sorted(launch.attrs), launch.options)
                     key = hashlib.sha256(repr((spec, version, arch, own)).encode()).hexdigest()[:32]
-                    made = _cached(key, lambda launch=launch, arch=arch: _compile(launch, arch))  # type: ignore[misc]
-                    yield _row(case, launch, short, dtype.itemsize, arch, roofs[arch], made)
-    yield from _cuda_rows(arches, own)
+                    yield _Planned(case, launch, short, dtype.itemsize, arch, key)
 
 
-def _row(case: Any, launch: _Launch, dtype: str, itemsize: int, arch: str, roof: Roof, made: dict[str, Any]) -> dict[str, Any]:
-    floor = case.floor[launch.kernel.fn.__name__](itemsize)
+def _compile_from_the_end(share: int, of: int, arches: Sequence[str]) -> None:
+    for planned in list(_planned(arches, ROOFS))[::-1][share::of]:
+        planned.made()
+
+
+@contextlib.contextmanager
+def _helped(planned: Sequence[_Planned], arches: Sequence[str]) -> Iterator[None]:
+    """On the other cores processes that fill the cache from its end, until the caller, who reads it from the front, has met them."""
+    cold = sum(not (cache_folder() / f"{p.key}.json").exists() for p in planned)
+    others = min(len(os.sched_getaffinity(0)) - 1, cold // 20)        # a process takes 5 s to begin, a kernel 1 s
+    code = f"import sys; from {__name__} import _compile_from_the_end as go; go(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])"
+    workers = [subprocess.Popen([sys.executable, "-c", code, str(i), str(others), *arches], stderr=subprocess.DEVNULL)
+               for i in range(others)]
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def compiled_rows(arches: Sequence[str] = ARCHES, roofs: dict[str, Roof] = ROOFS) -> Iterator[dict[str, Any]]:
+    """One row per kernel, case, dtype and arch."""
+    every = list(_planned(arches, roofs))
+    with _helped(every, arches):
+        for planned in every:
+            yield _row(planned, roofs[planned.arch])
+    yield from _cuda_rows(arches, hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
+
+
+def _row(planned: _Planned, roof: Roof) -> dict[str, Any]:
+    case, launch, made = planned.case, planned.launch, planned.made()
+    floor = case.floor[launch.kernel.fn.__name__](planned.itemsize)
     rate = roof.bf16 if made["mma"] else roof.fp32
-    return {"kernel": launch.name, "case": case.name, "dtype": dtype, "arch": arch, **made, "programs": launch.programs,
-            "occupancy": occupancy(made["regs"], made["smem"], made["warps"], roof),
+    return {"kernel": launch.name, "case": case.name, "dtype": planned.dtype, "arch": planned.arch, **made,
+            "programs": launch.programs, "occupancy": occupancy(made["regs"], made["smem"], made["warps"], roof),
             "bytes": launch.bytes, "floor": int(floor), "over_floor": round(launch.bytes / floor, 4),
             "roof_us": round(1e6 * max(launch.bytes / roof.bandwidth, case.flops / rate), 2), "roof": f"{roof.gpu}, {roof.kind}"}
 

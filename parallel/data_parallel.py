@@ -194,8 +194,9 @@ class DistributedDataParallel(nn.Module):
                 self.worker = self.worker or _Worker()
         if self.worker is not None:
             weakref.finalize(self, self.worker.close)
+        arrived = weakref.WeakMethod(self._arrived)                  # hooks are hidden from the garbage collector: a strong one keeps all
         for p in order:
-            p.register_post_accumulate_grad_hook(self._arrived)
+            p.register_post_accumulate_grad_hook(lambda p: call(p) if (call := arrived()) is not None else None)
         self.coming: dict[Bucket, Callable[[], Any]] = {}             # buckets of weights on their way, and what waits for each
         self.direct = self._buckets_of(module.parameters(recurse=False))
         for layer in _layers(module) if self.sharded else ():

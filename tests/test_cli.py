@@ -12,7 +12,7 @@ from interlace.launch import launched_by_torchrun
 HEAVY = "{'torch', 'numpy', 'omegaconf', 'rich', 'yaml'}"
 
 
-def run(*words, timeout=100, **options):
+def run(*words, timeout=600, **options):
     command = [sys.executable, "-m", "interlace", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
 

@@ -1,14 +1,16 @@
 """DistributedDataParallel: when it reduces and when not, ZeRO-1 to the bit, experts over their own axis, errors out of its thread."""
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
-from ranks import run
+from ranks import kept, run
 from test_equal import config
 from torch import nn
 
@@ -117,20 +119,37 @@ def test_gradients_set_by_hand_count():
     assert all(torch.equal(p.main_grad, g) and p.grad is None for p, g in zip(ddp.buffer_of, grads))
 
 
+def _ends(rank):
+    """With its last name a model goes, its buffers, its thread and what its group had: a second run in one process starts from nothing."""
+    mesh = Mesh.build(Layout(2))
+    model = mlp()
+    ddp = DistributedDataParallel(model, mesh)
+    ddp(torch.ones(3, model[0].in_features, dtype=model[0].weight.dtype)).sum().backward()
+    ddp.finish()
+    there, threads = weakref.ref(model), threading.active_count()
+    del ddp, model
+    gc.collect()
+    assert there() is None
+    end = time.monotonic() + 60
+    while threading.active_count() == threads and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threading.active_count() < threads
+
+
+def test_nothing_outlives_a_model():
+    run(2, _ends)
+
+
 # ---- reductions -----------------------------------------------------------------------------------------------
 
-_groups = {}
 
-
+@kept
 def mesh2(world=2, **sizes):
-    key = (world, *sizes.items())
-    if key not in _groups:
-        _groups[key] = Mesh.build(Layout(world, **sizes))
-    return _groups[key]
+    return Mesh.build(Layout(world, **sizes))
 
 
 def _reduces(rank, heap, sharded):
-    mesh = mesh2() if heap else Mesh.build(Layout(2))
+    mesh = mesh2()
     if not heap:
         heap_module._heaps[id(mesh.dp.group)] = None
     model, plain = mlp(), mlp()
@@ -378,11 +397,11 @@ def test_ctrl_c_ends_a_run_whose_thread_waits_for_a_peer(tmp_path):
     code = ("import sys; sys.path[:] = eval(sys.argv[1]); from interlace.launch import launch; "
             "sys.exit(launch(2, 'launch_targets:waits_in_finish', {'folder': sys.argv[2]}))")
     proc = subprocess.Popen([sys.executable, "-c", code, repr(sys.path), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not (tmp_path / "waiting").exists() and time.monotonic() < end:
         time.sleep(0.05)
     os.kill(proc.pid, signal.SIGINT)
-    _, error = proc.communicate(timeout=30)
+    _, error = proc.communicate(timeout=300)
     assert proc.returncode == 130 and "interrupted" in error, error
 
 

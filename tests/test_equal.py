@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from ranks import run
+from ranks import kept, run
 
 import interlace.kernels.comm.heap as heap_module
 from interlace.models.config import Config, ModelConfig, OptimConfig, SchedConfig
@@ -39,14 +39,11 @@ def config(options, tp=1, sp=False, **optim):
                                                     **few, **optim}))
 
 
-_meshes = {}
+_mesh = kept(Mesh.build)
 
 
 def mesh_of(cfg, world):
-    key = (cfg.model.tensor_model_parallel_size, world)
-    if key not in _meshes:                                            # groups and heaps are made once a rank
-        _meshes[key] = Mesh.build(Layout.from_config(cfg, world))
-    return _meshes[key]
+    return _mesh(Layout.from_config(cfg, world))
 
 
 def _equal(rank, world, options, tp, sp, **optim):

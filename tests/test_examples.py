@@ -12,6 +12,6 @@ FOLDER = pathlib.Path(__file__).parents[1] / "examples"
 def test_example(path):
     if "llama" in path.stem:
         pytest.importorskip("transformers")
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=240, cwd=path.parent)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=600, cwd=path.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "\nequal within" in done.stdout and "step 4  loss" in done.stdout

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run
+from ranks import kept, run
 from torch import nn
 
 from interlace.parallel.data_parallel import DistributedDataParallel
@@ -168,14 +168,13 @@ def test_experts_must_divide():
 
 # ---- over ranks -----------------------------------------------------------------------------------------------
 
-_meshes = {}
+mesh_of = kept(Mesh.build)
 
 
 def _over_ranks(rank, world, tp, ep, sp, options, lopsided):
     """Every rank of dp has other samples; tp ranks share them. Output, gradients and statistics of one process with all samples, where
     each micro-batch (a dp rank's samples) routes on its own."""
-    key = (world, tp, ep)
-    mesh = _meshes[key] = _meshes.get(key) or Mesh.build(Layout(world, tp=tp, ep=ep))
+    mesh = mesh_of(Layout(world, tp=tp, ep=ep))
     o, S, B = RouterOptions(**options), 4, 2
     every = torch.randn(mesh.dp.size, S, B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     one, moe = layer(o), layer(o, mesh, sequence_parallel=sp)

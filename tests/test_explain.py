@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from ranks import run
+from ranks import kept, run
 from torch.distributed.pipelining import PipelineStage
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,7 +46,7 @@ MODELS = {
     "hidden-dropout": {"hidden_dropout": 0.1},
     "learned-gqa-dropout": {**GPT2, "num_query_groups": 2, "attention_dropout": 0.1},
 }
-_meshes = {}
+mesh_of = kept(Mesh.build)
 
 
 def config(options, tp=1, sp=False, recompute=False, precision="fp32"):
@@ -58,10 +58,8 @@ def config(options, tp=1, sp=False, recompute=False, precision="fp32"):
 def build(cfg):
     m = cfg.model
     layout = Layout.from_config(cfg, m.tensor_model_parallel_size)
-    if layout not in _meshes:
-        _meshes[layout] = Mesh.build(layout)
-    model = GPT(m, _meshes[layout], vocab_size=m.vocab_size, dtype=DTYPES[cfg.trainer.precision])
-    return model, layout, _meshes[layout]
+    mesh = mesh_of(layout)
+    return GPT(m, mesh, vocab_size=m.vocab_size, dtype=DTYPES[cfg.trainer.precision]), layout, mesh
 
 
 # ---- parameters -----------------------------------------------------------------------------------------------
@@ -201,8 +199,7 @@ def data_parallel(options, precision, zero1, bucket=None):
 
 
 def build_data_parallel(cfg, dp):
-    mesh = _meshes.setdefault(("dp", dp), None) or Mesh.build(Layout(dp))
-    _meshes["dp", dp] = mesh
+    mesh = mesh_of(Layout(dp))
     model = GPT(cfg.model, mesh, vocab_size=cfg.model.vocab_size, dtype=DTYPES[cfg.trainer.precision])
     return Optimizer(DistributedDataParallel(model, mesh, bucket_size=cfg.optim.ddp_bucket_size,
                                              use_distributed_optimizer=cfg.optim.use_distributed_optimizer), cfg.optim)

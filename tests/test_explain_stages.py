@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from ranks import run
+from ranks import kept, run
 from test_explain import BASE, GPT2, Counted, Saved, nbytes
 
 from interlace.kernels.comm import heap_of
@@ -28,7 +28,7 @@ CAPACITY = {**MOE, "moe_expert_capacity_factor": 4.0, "moe_z_loss_coeff": 1e-3}
 TIED = {"share_embeddings_and_output_weights": True}
 QUIET = {**MOE, "moe_router_load_balancing_type": "none"}
 
-_meshes = {}
+mesh_of = kept(Mesh.build)
 
 
 def mixed(options, tp=1, pp=1, ep=1, dp=1, sp=False, recompute=False, precision="fp32", zero1=False, schedule=None, micro=2):
@@ -52,7 +52,7 @@ def every_choice(tokens, topk, experts, device=None):
 def _all_axes(rank, cfg, layout):
     m = cfg.model
     assert Layout.from_config(cfg, layout.world) == layout
-    mesh = _meshes[layout] = _meshes.get(layout) or Mesh.build(layout)
+    mesh = mesh_of(layout)
     expert_parallel.forced_balance = every_choice
     model = GPT(m, mesh, vocab_size=m.vocab_size, dtype=DTYPES[cfg.trainer.precision])
     optimizer = Optimizer(DistributedDataParallel(model, mesh, use_distributed_optimizer=cfg.optim.use_distributed_optimizer), cfg.optim)
@@ -110,7 +110,7 @@ def test_remote_rows_are_the_mean_over_all_choices():
 def _stage_activations(rank, cfg, layout):
     m, item = cfg.model, torch.empty(0, dtype=DTYPES[cfg.trainer.precision]).element_size()
     flat = dataclasses.replace(layout, world=layout.world // layout.pp, pp=1, vpp=None)
-    base = _meshes[flat] = _meshes.get(flat) or Mesh.build(flat)
+    base = mesh_of(flat)
     expert_parallel.forced_balance = every_choice
     ids, labels = (x.contiguous() for x in RandomTokens(m.vocab_size, m.seq_length, 0).batch(0, m.micro_batch_size))
     for r in range(layout.pp):                                        # stages one after the other: their messages are not needed

@@ -1,4 +1,5 @@
 """The symmetric heap: nothing left behind, no room, mismatched calls, lost ranks, late ranks, and its negative control."""
+import gc
 import os
 import re
 import signal
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -166,6 +168,26 @@ def _no_room(rank, world, folder):
     module.SymmHeap.__init__.__kwdefaults__["directory"] = SHM
 
 
+def _forgotten(rank, world):
+    """A destroyed group takes its heap with it, and its gloo threads; the heap of a living one stays."""
+    from interlace.kernels.comm import heap as module
+    threads, kept = len(os.listdir("/proc/self/task")), set(module._heaps)
+    for _ in range(3):
+        group = dist.new_group(list(range(world)))
+        all_reduce(torch.ones(3), group)
+        heap = weakref.ref(module.heap_of(group))
+        assert len(module._heaps) == len(kept) + 1 and heap().group is group
+        dist.barrier()
+        dist.destroy_process_group(group)
+        del group
+        gc.collect()
+        assert heap() is None and set(module._heaps) == kept and len(os.listdir("/proc/self/task")) == threads
+    heap = SymmHeap(dist.group.WORLD, 4096)
+    heap._group = lambda: None
+    with pytest.raises(RuntimeError, match="its process group must be alive, got one that was destroyed"):
+        _ = heap.group
+
+
 def _wrap(rank, world):
     """Epochs pass 2**32 without a hitch."""
     import ctypes
@@ -237,7 +259,8 @@ def _threads(rank, world):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("check", [_lifetime, _named_fallback, _mismatch, _timeout, _wrong_sizes, _other_host, _out_in_heap, _wrap],
+@pytest.mark.parametrize("check", [_lifetime, _named_fallback, _mismatch, _timeout, _wrong_sizes, _other_host, _out_in_heap, _forgotten,
+                                   _wrap],
                          ids=lambda f: f.__name__)
 def test_heap(check, world):
     run(world, check, world)
@@ -287,7 +310,7 @@ def test_killed_rank_is_noticed_and_named(tmp_path):
     ranks = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(VICTIM), str(r), str(tmp_path / "store")],
                               stdout=subprocess.PIPE, text=True) for r in range(2)]
     try:
-        text, _ = ranks[0].communicate(timeout=60)                    # rank 1 stays a zombie until we look: that must not hide it
+        text, _ = ranks[0].communicate(timeout=300)                    # rank 1 stays a zombie until we look: that must not hide it
         assert ranks[0].returncode == 0, text
         seconds, message = text.split(" ", 1)
         assert float(seconds) < 1, text

@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run
+from ranks import kept, run
 from test_launch import check_gone, finish, pids, start
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -62,15 +62,11 @@ def one_process(count, n, dtype):
     return total[0], {(s.index, k): p.grad for s in stages for k, p in s.named_parameters()}
 
 
-_axes = {}
-
-
+@kept
 def axis_of(rank, pp):
     """A group of its own: torch's DETAIL debug mode counts messages as collectives, of which ranks have different numbers, and the
     pool's other tests gather over the world."""
-    if pp not in _axes:
-        _axes[pp] = Axis("pp", pp, rank, tuple(range(pp)), dist.new_group(list(range(pp))))
-    return _axes[pp]
+    return Axis("pp", pp, rank, tuple(range(pp)), dist.new_group(list(range(pp))))
 
 
 def _equal(rank, name, pp, v, n, dtype, recompute):

@@ -1,7 +1,7 @@
 """Drop-in over real ranks: outputs and every gradient of split models against the whole one in float64, and the way back."""
 import pytest
 import torch
-from ranks import run
+from ranks import kept, run
 from torch import nn
 
 import interlace
@@ -10,13 +10,10 @@ from interlace.parallel.mesh import Mesh
 from interlace.parallel.sharding import grad_norm
 from interlace.parallel.tensor_parallel import ColumnParallelLinear, GatheredLinear, RowParallelLinear, VocabParallelEmbedding
 
-_meshes = {}
 
-
+@kept
 def mesh(t):
-    if t not in _meshes:
-        _meshes[t] = Mesh.build(Layout(world=t, tp=t))
-    return _meshes[t]
+    return Mesh.build(Layout(world=t, tp=t))
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from ranks import run
+from ranks import kept, run
 from safetensors.torch import load_file, save_file
 from test_equal import BASE
 from test_mix import MOE, STYLES
@@ -70,20 +70,18 @@ def config(name, o):
         ddp_bucket_size=3000))
 
 
-_meshes = {}
+mesh_of = kept(Mesh.build)
 
 
 def built(name, o, strange=False):
     """strange: other weights, to be overwritten (the seed is dropout's too)."""
     cfg = config(name, o)
-    key = (ranks_of(o), o["tp"], o["pp"], o["ep"])
-    if key not in _meshes:
-        _meshes[key] = Mesh.build(Layout.from_config(cfg, ranks_of(o)))
-    model = GPT(cfg.model, _meshes[key], vocab_size=cfg.model.vocab_size, seed=1, dtype=torch.float64)
+    mesh = mesh_of(Layout.from_config(cfg, ranks_of(o)))
+    model = GPT(cfg.model, mesh, vocab_size=cfg.model.vocab_size, seed=1, dtype=torch.float64)
     if strange:
         for p in model.parameters():
             torch.nn.init.constant_(p, 0.5)
-    return cfg, Optimizer(DistributedDataParallel(model, _meshes[key], bucket_size=3000, use_distributed_optimizer=o["zero1"]), cfg.optim)
+    return cfg, Optimizer(DistributedDataParallel(model, mesh, bucket_size=3000, use_distributed_optimizer=o["zero1"]), cfg.optim)
 
 
 def steps(cfg, opt, first, last):

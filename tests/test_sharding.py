@@ -1,7 +1,7 @@
 """Pieces: initial weights that no layout changes, a cover of every global tensor, gradients summed, the clip norm."""
 import pytest
 import torch
-from ranks import run
+from ranks import kept, run
 from torch import nn
 
 from interlace.models.config import ModelConfig
@@ -30,7 +30,6 @@ GPT2 = {"normalization": "layernorm", "activation": "gelu", "position_embedding_
         "add_bias_linear": True}
 MODELS = {"llama": {}, "gpt2-tied": {**GPT2, "share_embeddings_and_output_weights": True},
           "gqa-bias": {"num_query_groups": 2, "add_bias_linear": True}, "mqa": {**GPT2, "num_query_groups": 1}}
-_axes = {}
 
 
 def shards(options, tp, sp=False, dtype=torch.float32, seed=7):
@@ -165,10 +164,9 @@ def test_whole_is_the_twin_of_one_process():
 # ---- gradients ------------------------------------------------------------------------------------------------
 
 
+@kept
 def axis(t):
-    if t not in _axes:
-        _axes[t] = Mesh.build(Layout(t, tp=t)).tp
-    return _axes[t]
+    return Mesh.build(Layout(t, tp=t)).tp
 
 
 def true_grad(name, shape):

@@ -54,12 +54,14 @@ def check(arch):
 
 
 @compiles
+@pytest.mark.timeout(1500)                                            # without a cache: 200 compilations
 def test_no_kernel_got_worse():
     check("sm_90")
 
 
 @compiles
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
 def test_no_kernel_got_worse_elsewhere(arch):
     check(arch)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run
+from ranks import kept, run
 
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Axis, Mesh
@@ -16,13 +16,11 @@ from interlace.parallel.tensor_parallel import (
 )
 
 S, B, D, F_, V = 12, 2, 8, 24, 22
-_axes = {}
 
 
+@kept
 def axis(t):
-    if t not in _axes:
-        _axes[t] = Mesh.build(Layout(world=t, tp=t)).tp
-    return _axes[t]
+    return Mesh.build(Layout(world=t, tp=t)).tp
 
 
 def fill(module, seed=3):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from ranks import run
+from ranks import kept, run
 from test_equal import BASE
 
 import interlace.models.optimizer as optimizer
@@ -18,8 +18,8 @@ from interlace.parallel.mesh import Mesh
 TIED = {"pipeline_model_parallel_size": 2, "share_embeddings_and_output_weights": True}
 EXPERTS = {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.5, "tensor_model_parallel_size": 2, "sequence_parallel": True,
            "expert_model_parallel_size": 2}
-_meshes = {}
 CHUNKS = {"num_layers": 4, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+mesh_of = kept(Mesh.build)
 
 
 def tied_counted_twice(model):
@@ -108,7 +108,7 @@ def _plant(rank, world, model, plant, wrong, options):
     cfg = Config(model=m, optim=OptimConfig(lr=0.01, min_lr=0.001, clip_grad=0.1, ddp_bucket_size=1000, sched=SchedConfig(warmup_steps=2),
                                             use_distributed_optimizer=options.get("zero1", False)))
     layout = Layout.from_config(cfg, world)
-    mesh = _meshes[layout] = _meshes.get(layout) or Mesh.build(layout)
+    mesh = mesh_of(layout)
     train.reduce_tied_grads, optimizer.grad_norm = options.get("tie", TIE), options.get("norm", NORM)
     try:
         found = compare(cfg, mesh, vocab_size=m.vocab_size, steps=2, plant=plant, wrap=options.get("wrap", DistributedDataParallel))

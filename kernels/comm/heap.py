@@ -175,7 +175,7 @@ class SymmHeap:
 
     def __init__(self, group: dist.ProcessGroup, nbytes: int = 2 << 20, *, timeout: float = 300.0, name: str | None = None,
                  directory: str = SHM, _buffers: int = 2):
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self._group, self.rank, self.size = weakref.ref(group), dist.get_rank(group), dist.get_world_size(group)
         self.name = name or next((n for n in (group.group_desc, group.group_name) if n and n != "undefined"), "?")
         self.group_name = f"{group.group_name}/heap {next(_count)}"   # as an op's schema names it, here and on no other rank
         by_hand[self.group_name] = self
@@ -198,6 +198,14 @@ class SymmHeap:
         assert self._segment is not None
         self._all: Tensor | None = self._segment.view(0, 2 * self.nbytes * self.size)
         self._base = self._all.data_ptr()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Held weakly: what `heap_of` keeps for a group ends with it. Raises: RuntimeError once the group was destroyed."""
+        group = self._group()
+        if group is None:
+            raise RuntimeError(f"heap '{self.name}': its process group must be alive, got one that was destroyed; make the heap of another")
+        return group
 
     def _join(self, directory: str, timeout: float, buffers: int) -> None:
         """Rank 0 creates, all map. A second try with a name, where /proc/<pid>/fd cannot be opened or O_TMPFILE is not known."""

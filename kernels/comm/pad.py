@@ -54,7 +54,8 @@ class Pad:
 
     def __init__(self, group: dist.ProcessGroup | None, op: str, nbytes: int, flags: int, device: torch.device | str = "cpu", *,
                  polls: int | None = None, start: int = 0):
-        self.op, self.group, self.device, self.flags = op, group, torch.device(device), flags
+        self.op, self.device, self.flags = op, torch.device(device), flags
+        self._group = None if group is None else weakref.ref(group)    # the pads of a group end with it
         self.nbytes = -(-max(nbytes, 1) // 256) * 256
         self.polls = polls or _POLLS.get(self.device.type, 1)
         self._agreed: set[str] = set()
@@ -70,6 +71,10 @@ class Pad:
             addresses = self._rendezvous()
         self._ready(addresses, start)
         _exchange(None, group)                                        # nobody signals before all have cleared their words
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self._group is None else self._group()
 
     @classmethod
     def virtual(cls, world: int, op: str, nbytes: int, flags: int, device: torch.device | str, *, polls: int | None = None,
