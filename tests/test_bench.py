@@ -388,7 +388,7 @@ def test_cases(op, sweep):
         found = bench_run.load(op).cases(sweep, world)
         keys = [json.dumps(c.key()) for c in found]
         assert found and len({*keys}) == len(keys) and all(c.world == world for c in found)
-        if op not in ("train_step", "replace", "route_plan") and (op, sweep) != ("collectives", "quick-cuda"):   # a plan has no type, no gradient
+        if op not in ("train_step", "replace", "route_plan") and (op, sweep) != ("collectives", "quick-cuda"):   # a plan has no type
             assert {c.dtype for c in found} == {"float32", "bfloat16"}
         if op not in ("train_step", "replace", "collectives", "route_plan"):
             assert {c.direction for c in found} == {"fwd", "bwd", "fwd+bwd"} and any(c.name == "odd" for c in found)
