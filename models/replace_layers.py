@@ -4,7 +4,7 @@
     attention: its projections and a head_dim               whole heads a rank; fewer key / value heads      replace_structure.py
                                                             than ranks: each on several
     gate_proj, up_proj, down_proj (or gate_up_proj)         features of the hidden layer
-    c_fc, c_proj                                            the same
+    c_fc, c_proj; up_proj, down_proj; fc1, fc2              the same
     the model's input embedding and output head             rows of the vocabulary, logits gathered
     3-d gate_up_proj and down_proj of experts               experts                                          replace_experts.py
     with sequence_parallel: the list of decoder layers      tokens between its layers                        replace_sequence.py
@@ -25,7 +25,7 @@ from .replace_experts import check_experts, spread_experts
 from .replace_pipeline import plan_stages
 from .replace_sequence import split_sequence
 from .replace_split import STYLES, TRANSPOSED, Plan, Split, gather, split_all, transposed, whole_all
-from .replace_structure import split_attention, split_mlp, split_vocabulary, table_options
+from .replace_structure import ATTENTION, FORWARD, split_attention, split_mlp, split_vocabulary, table_options
 
 __all__ = ["STYLES", "Plan", "Split", "gather", "make_plan", "split_all", "whole_all"]
 
@@ -48,6 +48,10 @@ def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh,
             plan_stages(out, model, chosen, mesh.pp)
         if (tp.size > 1 or mesh.ep.size > 1) and not out.problems:
             _by_structure(out, model, chosen, mesh)
+            spread = any(s.style == "experts" for _, s in out.splits.values()) or any("_interlace_spread" in vars(m) for _, m in chosen)
+            if mesh.ep.size > 1 and not spread and not out.problems:
+                out.problems.append(f"mesh.ep of size {mesh.ep.size} needs experts stacked in one module (gate_up_proj, down_proj; in "
+                                    "transformers since 5), got none; use ep=1")
             if sequence_parallel and tp.size > 1:
                 split_sequence(out, model, chosen, tp)
     elif plan is not None:
@@ -110,9 +114,9 @@ def _by_structure(out: Plan, model: Any, chosen: list[tuple[str, nn.Module]], me
             why = spread_experts(out, name, m, mesh)
         elif tp.size == 1:
             continue
-        elif {"o_proj", "c_attn", "qkv_proj"} & set(children):
+        elif ATTENTION & set(children):
             why = split_attention(out, name, m, children, tp)
-        elif {"down_proj", "c_fc"} & set(children):
+        elif FORWARD & set(children):
             why = split_mlp(out, name, m, children, tp)
         else:
             continue

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..kernels.comm import heap_of
 from ..parallel.mesh import Axis
 from .replace_split import Plan, Split, _in_front, _swap, refuse_records
+from .replace_structure import ATTENTION
 
 __all__ = ["Stages", "cut_stages", "of_stage", "plan_stages", "stage_gradients", "whole_stages"]
 
@@ -195,7 +196,7 @@ def _is_decoder(m: nn.ModuleList) -> bool:
         signature = inspect.signature(type(layer).forward)
         names = list(signature.parameters)
         returns = signature.return_annotation
-        attention = any({"o_proj", "c_attn"} & {n for n, _ in c.named_children()} for c in layer.modules())
+        attention = any(ATTENTION & {n for n, _ in c.named_children()} for c in layer.modules())
         return len(names) > 1 and names[1] == "hidden_states" and attention and (returns is Tensor or str(returns).endswith("torch.Tensor"))
     return len(m) > 0 and all(fits(layer) for layer in m)
 

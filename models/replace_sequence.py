@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,7 +37,8 @@ from ..parallel.foreign import (
 from ..parallel.mesh import Axis
 from .replace_experts import Spread
 from .replace_kernels import LayerNorm, RMSNorm, as_probe, recognise
-from .replace_split import Plan, Split, refuse_records
+from .replace_split import Plan, Split, refuse_records, transposed
+from .replace_structure import FORWARD
 
 __all__ = ["split_sequence"]
 
@@ -111,7 +113,7 @@ def split_sequence(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Modul
             found = out.splits.get(names.get(id(m), ""))
             if found is not None:
                 _over_tokens(out, names[id(m)], m, found[1], region, silent)
-            elif {"down_proj", "c_fc"} & {n for n, c in m.named_children() if names.get(id(c)) in out.splits}:
+            elif FORWARD & {n for n, c in m.named_children() if names.get(id(c)) in out.splits}:
                 out.splits[names[id(m)]] = m, Split("sequence", wraps=(Gathering,), attributes={"_interlace_region": region})
     mine = list(layers) if out.stages is None else [layers[i] for i in out.stages.mine]   # messages between stages hold all tokens
     wraps: dict[int, tuple[type, ...]] = {id(mine[0]): (ScatteredLayer,)}
@@ -138,6 +140,8 @@ def _whole_attention(out: Plan) -> str:
 def _check_layer(out: Plan, names: dict[int, str], layer: nn.Module) -> None:
     """Every child of a decoder layer must be a norm, split attention, a split MLP, a mixture of experts, or hold no parameters."""
     heavy, before = [], len(out.problems)
+    rows = (m for k, (m, s) in out.splits.items() if s.style == "row" and k.startswith(names[id(layer)] + "."))
+    width = next((m.get_parameter("weight").shape[int(transposed(m))] for m in rows), 0)   # of the hidden states
     if any(not p.dim() for p in layer.parameters()):
         out.problems.append(f"{names.get(id(layer), 'a layer')}: sequence_parallel=True knows no 0-d parameters; leave it out")
     for n, c in layer.named_children():
@@ -154,10 +158,12 @@ def _check_layer(out: Plan, names: dict[int, str], layer: nn.Module) -> None:
         if any(isinstance(getattr(e, "down_proj", None), nn.Parameter) for e in c.modules()):
             heavy.append(n)                                           # whole experts work token by token as well
             continue
+        if _alone(c, width):
+            continue
         why = out.left.get(name, "it is no norm, attention, MLP or mixture of experts")
         out.problems.append(f"{name}: sequence_parallel=True must know that it works token by token, got {type(c).__name__} ({why}); "
                             "leave sequence_parallel out")
-    if len(out.problems) == before and not _by_token(layer, heavy):
+    if len(out.problems) == before and not _by_token(layer, heavy, width):
         out.problems.append(f"{names.get(id(layer), 'a layer')}: sequence_parallel=True needs a layer that works token by token around its "
                             f"attention and MLP, got {type(layer).__name__}, which does not on a probe; leave sequence_parallel out")
 
@@ -174,16 +180,13 @@ class _StandIn(nn.Module):
         return (x * self.factor, None) if self.pair else x * self.factor
 
 
-def _by_token(layer: Any, heavy: list[str]) -> bool:
+def _by_token(layer: Any, heavy: list[str], width: int) -> bool:
     """Whether a decoder layer, its attention and MLP aside, works token by token. heavy: these children, attention and MLP alike."""
-    width = next((p.shape[0] for n, c in layer.named_children() if n not in heavy for p in c.parameters() if p.dim() == 1), 0)
-    any_p = next(layer.parameters())
-    x = torch.randn(1, 6, width, generator=torch.Generator().manual_seed(7))
-    x = x if any_p.is_meta else x.to(any_p)                           # on meta: norms of random weights, on the CPU
-    light = {n: as_probe(c) if any_p.is_meta and n not in heavy else c for n, c in layer.named_children()}
-    order = torch.tensor([4, 0, 5, 2, 1, 3], device=x.device)
     needed = [p.name for p in list(inspect.signature(type(layer).forward).parameters.values())[2:]
               if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    any_p = next(layer.parameters())
+    like = torch.empty(0) if any_p.is_meta else any_p                 # on meta: norms of random weights, on the CPU
+    light = {n: as_probe(c) if any_p.is_meta and n not in heavy else c for n, c in layer.named_children()}
     for pairs in itertools.product((True, False), repeat=len(heavy)):  # which of them return a pair is not known
         probe = copy.copy(layer)
         stand_ins = {n: _StandIn(pair, 0.5 + i) for i, (n, pair) in enumerate(zip(heavy, pairs))}
@@ -194,14 +197,37 @@ def _by_token(layer: Any, heavy: list[str]) -> bool:
             out = type(layer).forward(probe, x, **dict.fromkeys(needed))
             return out[0] if isinstance(out, tuple) else out
         try:
-            with torch.no_grad():
-                whole, moved, fewer = run(x), run(x[:, order]), run(x[:, :2])
+            if (result := _order_free(run, width, like)) is not None:
+                return result
         except Exception:
             continue
-        if whole.shape == x.shape:
-            same = lambda a, b: torch.allclose(a, b, rtol=1e-2, atol=1e-3)  # noqa: E731
-            return bool(same(moved, whole[:, order]) and same(fewer, whole[:, :2]) and whole.isfinite().all())
     return False
+
+
+@torch.no_grad()
+def _order_free(run: Callable[[Tensor], Any], width: int, like: Tensor) -> bool | None:
+    """Whether run, of a few tokens, gives the same for each in another order, and of fewer; None where it gives no hidden states."""
+    x = torch.randn(1, 6, width, generator=torch.Generator().manual_seed(7)).to(like)
+    order = torch.tensor([4, 0, 5, 2, 1, 3], device=x.device)
+    whole = run(x)
+    if not torch.is_tensor(whole) or whole.shape != x.shape:
+        return None
+    same = lambda a, b: torch.allclose(a, b, rtol=1e-2, atol=1e-3)  # noqa: E731
+    return bool(same(run(x[:, order]), whole[:, order]) and same(run(x[:, :2]), whole[:, :2]) and whole.isfinite().all())
+
+
+def _alone(module: nn.Module, width: int) -> bool:
+    """Whether a module without stand-ins works token by token: it may run on a rank's tokens as it is."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in modes:
+            m.training = False
+        return bool(_order_free(lambda x: type(module).forward(module, x), width, next(module.parameters())))
+    except Exception:
+        return False
+    finally:
+        for m, was in modes:
+            m.training = was
 
 
 def _over_tokens(out: Plan, name: str, m: Any, how: Split, region: Region, silent: Axis) -> None:

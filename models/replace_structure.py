@@ -2,6 +2,7 @@
 
     attention                               column, in whole heads                          row       whole on every rank
     q_proj, k_proj, v_proj, o_proj          q, k, v                                         o_proj    norms of one head
+      (or dense, or out_proj)
     qkv_proj = [q | k | v], o_proj          each of the three                               o_proj
     c_attn = [q | k | v] (Conv1D), c_proj   each of the three                               c_proj
     q_proj or q_b_proj, kv_b_proj, o_proj   q, kv_b (latent attention)                      o_proj    q_a, kv_a and their norms
@@ -25,9 +26,12 @@ from ..parallel.sharding import Piece, split
 from .replace_kernels import Change, RMSNorm, _close, as_probe, gated_probe, recognise
 from .replace_split import Plan, Split, transposed
 
-__all__ = ["split_attention", "split_mlp", "split_vocabulary", "table_options"]
+__all__ = ["ATTENTION", "FORWARD", "split_attention", "split_mlp", "split_vocabulary", "table_options"]
 
 WHOLE = ": whole on every rank"
+PLAIN = (("c_fc", "c_proj"), ("up_proj", "down_proj"), ("fc1", "fc2"))   # feed-forward layers without a gate
+ATTENTION = {"q_proj", "q_b_proj", "qkv_proj", "c_attn"}              # children that tell an attention block
+FORWARD = {"down_proj", "c_fc", "fc2"}                                # and a feed-forward one
 
 
 @dataclass
@@ -99,10 +103,10 @@ def _linear(*layers: Any) -> bool:
 
 
 def _four(m: Any, children: dict[str, Any]) -> Heads | str | None:
-    names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    if not set(names) <= set(children):
+    row = next((n for n in ("o_proj", "dense", "out_proj") if n in children), "")
+    if not {"q_proj", "k_proj", "v_proj"} <= set(children) or not row:
         return None
-    q, k, v, o = (children[n] for n in names)
+    q, k, v, o = (children[n] for n in ("q_proj", "k_proj", "v_proj", row))
     if not _linear(q, k, v, o):
         return "query, key, value and output are no four nn.Linear"
     dh = getattr(m, "head_dim", 0)
@@ -112,7 +116,7 @@ def _four(m: Any, children: dict[str, Any]) -> Heads | str | None:
     if v.out_features != k.out_features or heads % kv:
         return "its key and value heads do not fit"
     columns = {n: {"": (c.out_features, h)} for n, c, h in (("q_proj", q, heads), ("k_proj", k, kv), ("v_proj", v, kv))}
-    return Heads(heads, kv, columns, "o_proj", o.in_features)
+    return Heads(heads, kv, columns, row, o.in_features)
 
 
 def _fused(m: Any, children: dict[str, Any]) -> Heads | str | None:
@@ -198,8 +202,9 @@ def _local_numbers(m: Any, found: Heads, tp: Axis) -> dict[str, Any]:
 
 
 def split_mlp(out: Plan, name: str, m: Any, children: dict[str, Any], tp: Axis) -> str:
-    if "c_fc" in children:
-        return _plain_mlp(out, name, m, children, tp)
+    pair = next((pair for pair in PLAIN if set(pair) <= set(children)), None)
+    if pair is not None and "gate_proj" not in children:
+        return _plain_mlp(out, name, m, pair, tp)
     found = gated_probe(m)
     if found is None or isinstance(found, str):
         return (found or "its layers have other names than gate_proj, up_proj, down_proj") + WHOLE
@@ -226,12 +231,11 @@ def split_mlp(out: Plan, name: str, m: Any, children: dict[str, Any], tp: Axis) 
     return ""
 
 
-def _plain_mlp(out: Plan, name: str, m: Any, children: dict[str, Any], tp: Axis) -> str:
-    """c_proj(act(c_fc(x)))"""
-    first: Any = children["c_fc"]
-    last: Any = children.get("c_proj", first)
+def _plain_mlp(out: Plan, name: str, m: Any, pair: tuple[str, str], tp: Axis) -> str:
+    """last(act(first(x)))"""
+    first, last = (getattr(m, n) for n in pair)
     if not (transposed(first) and transposed(last)) and not _linear(first, last):
-        return "c_fc and c_proj are no nn.Linear and no Conv1D" + WHOLE
+        return f"{' and '.join(pair)} are no nn.Linear and no Conv1D" + WHOLE
     act = _activation(m)
     if act is None or {id(p) for p in m.parameters()} != {id(p) for p in (*first.parameters(), *last.parameters())}:
         return "its activation is not known, or it has other parameters" + WHOLE
@@ -252,13 +256,13 @@ def _plain_mlp(out: Plan, name: str, m: Any, children: dict[str, Any], tp: Axis)
         for d in dropouts:
             d.training = True
     if not same:
-        return "its forward is not c_proj(act(c_fc(x))) on a probe" + WHOLE
+        return f"its forward is not {pair[1]}(act({pair[0]}(x))) on a probe" + WHOLE
     width = first.weight.shape[rows]
     if width % tp.size:
         out.problems.append(f"{name}: its features must be divisible by tp={tp.size}, got {width}; use another tp")
         return ""
-    out.add(f"{name}.c_fc", first, "column", tp)
-    out.add(f"{name}.c_proj", last, "row", tp)
+    out.add(f"{name}.{pair[0]}", first, "column", tp)
+    out.add(f"{name}.{pair[1]}", last, "row", tp)
     return ""
 
 

@@ -13,7 +13,8 @@ from interlace.parallel.mesh import Mesh
 from interlace.parallel.sharding import grad_norm, gradient_axis
 
 pytest.importorskip("transformers")
-from hf import MODELS, KeepFloat64, close, make, sample, step
+from hf import MODELS, SMALL, KeepFloat64, close, make, sample, step
+from hf import MOE as MIXTURE
 
 MOE = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
 _meshes = {}
@@ -93,6 +94,35 @@ SWEEP += [(name, 4, 2, ep, sp) for name in MOE for ep in (2, 4) for sp in (False
 @pytest.mark.parametrize("name, world, tp, ep, sp", SWEEP, ids=map(label, SWEEP))
 def test_sweep_equals_stock(name, world, tp, ep, sp):
     run(world, _equal, world, tp, ep, sp, name, {})
+
+
+# Nobody named these anywhere: found by structure alone.
+OTHERS = {                                                            # folder -> (class prefix, config)
+    "arcee": ("Arcee", SMALL), "cohere2": ("Cohere2", SMALL | {"sliding_window": 4}), "gemma": ("Gemma", SMALL | {"head_dim": 16}),
+    "deepseek_v2": ("DeepseekV2", MODELS["deepseek_v3"][2] | {"topk_method": "greedy"}), "glm4": ("Glm4", SMALL | {"head_dim": 8}),
+    "granite": ("Granite", SMALL), "granitemoe": ("GraniteMoe", SMALL | {"num_local_experts": 4}),
+    "minimax_m2": ("MiniMaxM2", MIXTURE | {"head_dim": 8, "num_local_experts": 4}), "nemotron": ("Nemotron", SMALL),
+    "olmo": ("Olmo", SMALL), "olmo2": ("Olmo2", SMALL), "phi": ("Phi", SMALL),
+    "qwen2_moe": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 24}), "seed_oss": ("SeedOss", SMALL | {"head_dim": 8}),
+    "smollm3": ("SmolLM3", SMALL), "stablelm": ("StableLm", SMALL), "starcoder2": ("Starcoder2", SMALL),
+}
+
+
+def _other(rank, name, sp):
+    MODELS.setdefault(name, (name, *OTHERS[name]))
+    _equal(rank, 2, 2, 1, sp, name, {})
+
+
+@pytest.mark.parametrize("name, sp", [("phi", False), ("starcoder2", True), ("qwen2_moe", True), ("olmo", True)])
+def test_others_equal_stock(name, sp):
+    run(2, _other, name, sp)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sp", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_all_others_equal_stock(name, sp):
+    run(2, _other, name, sp)
 
 
 # ---- training, verify, generate, checkpointing ---------------------------------------------------------------------
