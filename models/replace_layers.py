@@ -108,8 +108,8 @@ def _by_structure(out: Plan, model: Any, chosen: list[tuple[str, nn.Module]], me
     tp = mesh.tp
     for name, m in chosen:
         children = dict(m.named_children())
-        if "_interlace_split" in vars(m):
-            continue
+        if any("_interlace_split" in vars(x) for x in (m, *children.values())):
+            continue                                                  # replaced before
         if isinstance(getattr(m, "down_proj", None), nn.Parameter):
             why = spread_experts(out, name, m, mesh)
         elif tp.size == 1:
