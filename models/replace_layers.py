@@ -48,6 +48,10 @@ def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh,
             plan_stages(out, model, chosen, mesh.pp)
         if (tp.size > 1 or mesh.ep.size > 1) and not out.problems:
             _by_structure(out, model, chosen, mesh)
+            spread = any(s.style == "experts" for _, s in out.splits.values()) or any("_interlace_spread" in vars(m) for _, m in chosen)
+            if mesh.ep.size > 1 and not spread and not out.problems:
+                out.problems.append(f"mesh.ep of size {mesh.ep.size} needs experts stacked in one module (gate_up_proj, down_proj; in "
+                                    "transformers since 5), got none; use ep=1")
             if sequence_parallel and tp.size > 1:
                 split_sequence(out, model, chosen, tp)
     elif plan is not None:
@@ -104,8 +108,8 @@ def _by_structure(out: Plan, model: Any, chosen: list[tuple[str, nn.Module]], me
     tp = mesh.tp
     for name, m in chosen:
         children = dict(m.named_children())
-        if "_interlace_split" in vars(m):
-            continue
+        if any("_interlace_split" in vars(x) for x in (m, *children.values())):
+            continue                                                  # replaced before
         if isinstance(getattr(m, "down_proj", None), nn.Parameter):
             why = spread_experts(out, name, m, mesh)
         elif tp.size == 1:

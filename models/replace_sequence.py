@@ -180,16 +180,13 @@ class _StandIn(nn.Module):
         return (x * self.factor, None) if self.pair else x * self.factor
 
 
-def _on_meta(module: nn.Module) -> bool:
-    return any(p.is_meta for p in module.parameters())
-
-
 def _by_token(layer: Any, heavy: list[str], width: int) -> bool:
     """Whether a decoder layer, its attention and MLP aside, works token by token. heavy: these children, attention and MLP alike."""
-    light = {n: as_probe(c) if _on_meta(c) and n not in heavy else c for n, c in layer.named_children()}
     needed = [p.name for p in list(inspect.signature(type(layer).forward).parameters.values())[2:]
               if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     any_p = next(layer.parameters())
+    like = torch.empty(0) if any_p.is_meta else any_p                 # on meta: norms of random weights, on the CPU
+    light = {n: as_probe(c) if any_p.is_meta and n not in heavy else c for n, c in layer.named_children()}
     for pairs in itertools.product((True, False), repeat=len(heavy)):  # which of them return a pair is not known
         probe = copy.copy(layer)
         stand_ins = {n: _StandIn(pair, 0.5 + i) for i, (n, pair) in enumerate(zip(heavy, pairs))}
@@ -200,7 +197,7 @@ def _by_token(layer: Any, heavy: list[str], width: int) -> bool:
             out = type(layer).forward(probe, x, **dict.fromkeys(needed))
             return out[0] if isinstance(out, tuple) else out
         try:
-            if (result := _order_free(run, width, any_p)) is not None:
+            if (result := _order_free(run, width, like)) is not None:
                 return result
         except Exception:
             continue
@@ -210,8 +207,7 @@ def _by_token(layer: Any, heavy: list[str], width: int) -> bool:
 @torch.no_grad()
 def _order_free(run: Callable[[Tensor], Any], width: int, like: Tensor) -> bool | None:
     """Whether run, of a few tokens, gives the same for each in another order, and of fewer; None where it gives no hidden states."""
-    x = torch.randn(1, 6, width, generator=torch.Generator().manual_seed(7))
-    x = x if like.is_meta else x.to(like)                             # on meta: probes of random weights, on the CPU
+    x = torch.randn(1, 6, width, generator=torch.Generator().manual_seed(7)).to(like)
     order = torch.tensor([4, 0, 5, 2, 1, 3], device=x.device)
     whole = run(x)
     if not torch.is_tensor(whole) or whole.shape != x.shape:
@@ -222,13 +218,11 @@ def _order_free(run: Callable[[Tensor], Any], width: int, like: Tensor) -> bool 
 
 def _alone(module: nn.Module, width: int) -> bool:
     """Whether a module without stand-ins works token by token: it may run on a rank's tokens as it is."""
-    like = next(module.parameters())
-    module = as_probe(module) if _on_meta(module) else module
     modes = [(m, m.training) for m in module.modules()]
     try:
         for m, _ in modes:
             m.training = False
-        return bool(_order_free(lambda x: type(module).forward(module, x), width, like))
+        return bool(_order_free(lambda x: type(module).forward(module, x), width, next(module.parameters())))
     except Exception:
         return False
     finally:
