@@ -155,7 +155,7 @@ class BuildExt(build_ext):
             tools = [nvcc, *(["-ccbin", cxx[0]] if os.environ.get("CXX") else [])]
             targets = [f for a in arches for f in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
             flags = [*NVCC_FLAGS, *targets, "--threads", str(os.cpu_count()), "-isystem", str(find_torch() / "include")]
-            return [*tools, *flags], tools, {"arches": [f"sm_{a}" for a in arches]}
+            return [*tools, *flags], [*tools, *targets], {"arches": [f"sm_{a}" for a in arches]}
         flags = list(FLAGS)
         if tier == "cpu":
             march = os.environ.get("INTERLACE_MARCH", "native")
