@@ -32,7 +32,7 @@ lint: setup tree
 # The package as a tree of links: for mypy, and to run without an install.
 tree:
 	@mkdir -p build/tree/interlace
-	@for f in kernels parallel models bench; do ln -sfn ../../../$$f build/tree/interlace/$$f; done
+	@for f in kernels parallel models dropin bench; do ln -sfn ../../../$$f build/tree/interlace/$$f; done
 	@for f in interlace/*.py interlace/py.typed; do ln -sfn ../../../$$f build/tree/interlace/; done
 
 # On a machine with one NVIDIA GPU and a CUDA torch: nothing is installed, csrc is built in place. PYTHONSAFEPATH (Python 3.11): else

@@ -27,7 +27,7 @@ from setuptools import Distribution, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-FOLDERS = ["kernels", "parallel", "models", "bench"]
+FOLDERS = ["kernels", "parallel", "models", "dropin", "bench"]
 MODE = os.environ.get("INTERLACE_BUILD", "auto")
 # Contraction (fma) only: no -ffast-math, whose flush-to-zero would reach torch's own kernels in the same process.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",

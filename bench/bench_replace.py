@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.replace import replace_
+from ..dropin.replace import replace_
 from .cases import Case, Make, Way, Ways
 
 SHAPES = {"quick": {"llama-tiny": {"L": 2, "D": 64, "F": 176, "H": 4, "S": 32, "V": 512}},

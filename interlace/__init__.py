@@ -4,8 +4,8 @@ from importlib import import_module
 _NAMES = {                                                            # public name -> module
     **dict.fromkeys(("Config", "ModelConfig", "load_config"), "models.config"),
     "GPT": "models.gpt",
-    **dict.fromkeys(("replace_", "restore_", "use", "verify"), "models.replace"),
-    "load_pretrained_": "models.replace_load", "whole_state_dict": "models.replace_save",
+    **dict.fromkeys(("replace_", "restore_", "use", "verify"), "dropin.replace"),
+    "load_pretrained_": "dropin.load", "whole_state_dict": "dropin.save",
     **dict.fromkeys(("RunError", "UserError"), "parallel.errors"),
     **dict.fromkeys(("Axis", "ColumnParallelLinear", "DistributedDataParallel", "Layout", "Mesh", "RowParallelLinear",
                      "VocabParallelEmbedding", "vocab_parallel_cross_entropy"), "parallel"),
@@ -14,7 +14,7 @@ _NAMES = {                                                            # public n
     **dict.fromkeys(("SymmHeap", "ag_gemm", "all_gather", "all_reduce", "all_to_all", "gemm_ar", "gemm_rs",
                      "reduce_scatter", "rs_residual_norm"), "kernels.comm"),
 }
-_FOLDERS = ("bench", "hf", "kernels", "models", "parallel")
+_FOLDERS = ("bench", "dropin", "hf", "kernels", "models", "parallel")
 
 __all__ = ["__version__", *_NAMES, *_FOLDERS]
 

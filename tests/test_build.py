@@ -56,7 +56,7 @@ def test_every_folder_is_an_extension(build):
 
 def run(tmp_path, mode):
     """setup.py in a copy of the tree whose sources are empty: what is built does not matter here."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "interlace", "kernels", "parallel", "models", "bench"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "interlace", "kernels", "parallel", "models", "dropin", "bench"):
         (tmp_path / name).symlink_to(ROOT / name) if name != "kernels" else (tmp_path / name).mkdir()
     shutil.copy(ROOT / "kernels" / "__init__.py", tmp_path / "kernels")
     for tier, suffix in (("runtime", "cpp"), ("cpu", "cpp"), ("cuda", "cu")):

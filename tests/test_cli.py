@@ -170,6 +170,6 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
 
 def test_folders_of_the_house_in_the_way(tmp_path):
     """Started where folders have the names of ours: sys.path of a rank is the parent's."""
-    for name in ("kernels", "models", "parallel", "torch"):
+    for name in ("kernels", "models", "dropin", "parallel", "torch"):
         (tmp_path / name).mkdir()
     assert run("--version", cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}).returncode == 0

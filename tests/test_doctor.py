@@ -75,7 +75,7 @@ def test_nothing_but_python(tmp_path):
     (tmp_path / "interlace").mkdir()
     for path in (ROOT / "interlace").glob("*.py"):
         (tmp_path / "interlace" / path.name).symlink_to(path)
-    for folder in ("kernels", "parallel", "models", "bench"):
+    for folder in ("kernels", "parallel", "models", "dropin", "bench"):
         (tmp_path / "interlace" / folder).symlink_to(ROOT / folder)
     code = "import sys; from interlace.cli import main; sys.exit(main(sys.argv[1:]))"
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": "/nonexistent"}

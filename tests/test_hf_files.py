@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import interlace
-from interlace.models import replace_load, replace_save
+from interlace.dropin import load as replace_load
+from interlace.dropin import save as replace_save
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Mesh
 
@@ -236,7 +237,7 @@ def _trains(rank, folder):
     interlace.load_pretrained_(model, folder, mesh(2))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     got = step(model, sample())
-    from interlace.models.replace_layers import gather
+    from interlace.dropin.layers import gather
     got |= {n: gather(p, p.grad, mesh(2).tp) for n, p in model.named_parameters()}
     close(got, want, 1e-6)                                            # rope's frequencies are fp32 in the one, rounded in the other
 

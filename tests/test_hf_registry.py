@@ -4,7 +4,8 @@ import torch
 from ranks import run
 
 import interlace.hf
-from interlace.models import hf_registry, hf_styles
+from interlace.dropin import registry as hf_registry
+from interlace.dropin import styles as hf_styles
 
 pytest.importorskip("transformers.distributed.parallel_utils", reason="the registries are those of transformers 5")
 from hf import close, make, sample, step

@@ -8,7 +8,7 @@ from ranks import kept, run
 from torch import nn
 
 import interlace
-from interlace.models.replace_kernels import Fused
+from interlace.dropin.fused import Fused
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Mesh
 
@@ -161,7 +161,7 @@ def test_an_empty_split_model_is_not_restored():
 
 
 def _checkpointing(rank):
-    from interlace.models.replace_layers import gather
+    from interlace.dropin.layers import gather
     for name, more in (("llama", {"num_key_value_heads": 1}), ("mixtral", {})):
         model, batch = make(name, torch.float32, **more).train(), sample()
         want = step(model, batch)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import interlace
-from interlace.models.replace_kernels import Fused
+from interlace.dropin.fused import Fused
 
 
 class Net(nn.Module):

@@ -6,8 +6,8 @@ import torch
 from ranks import kept, run
 
 import interlace
+from interlace.dropin.layers import gather
 from interlace.kernels.comm import all_gather, all_reduce
-from interlace.models.replace_layers import gather
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Mesh
 from interlace.parallel.sharding import grad_norm, gradient_axis
@@ -208,7 +208,8 @@ def _verify(rank, name, tp, ep, sp):
 
 def _planted(rank):
     """What verify must find: a sum over ranks that is left out, in each of the new layers."""
-    from interlace.models import replace_experts, replace_sequence
+    from interlace.dropin import experts as replace_experts
+    from interlace.dropin import sequence as replace_sequence
     from interlace.parallel import foreign
     faults = [("olmoe", False, foreign, "copy_to", lambda x, axis: x), ("olmoe", False, foreign, "reduce_from", lambda x, axis: x),
               ("deepseek_v3", False, foreign, "copy_to", lambda x, axis: x),

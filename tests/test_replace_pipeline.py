@@ -88,7 +88,7 @@ def test_training():
 
 def _verify(rank):
     """With a planted fault: the gradient that does not reach the stage before."""
-    from interlace.models.replace_pipeline import _Receive
+    from interlace.dropin.pipeline import _Receive
     m, model = mesh(4, 2, 2), make("llama")
     interlace.replace_(model, m, sequence_parallel=True)
     assert interlace.verify(model, sample(3), tolerance=1e-5).ok

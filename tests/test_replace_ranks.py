@@ -46,7 +46,7 @@ PLAN = {"blocks.*.fc1": "column", "blocks.*.fc2": "row", "embed": "vocab", "head
 
 
 def gathered(model, t):
-    from interlace.models.replace_layers import gather
+    from interlace.dropin.layers import gather
     return {n: gather(p, p.grad, mesh(t).tp) for n, p in model.named_parameters()}
 
 

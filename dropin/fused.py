@@ -33,7 +33,7 @@ from ..kernels import cross_entropy, dispatch, expert_mlp, gated, gelu, layer_no
 from ..kernels.comm.gemm import gemm
 from ..kernels.comm.gemm_ar import reduced_product
 from ..parallel.tensor_parallel import ColumnParallelLinear
-from .replace_rope import rotary_call, turning
+from .rope import rotary_call, turning
 
 WIDEST = 16384                                                        # of a norm's row in the Triton kernels
 

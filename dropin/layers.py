@@ -1,14 +1,14 @@
 """Which modules of somebody else's model are split, and how: by the user's plan, or by structure.
 
     recognised                                              split                                            where
-    attention: its projections and a head_dim               whole heads a rank; fewer key / value heads      replace_structure.py
+    attention: its projections and a head_dim               whole heads a rank; fewer key / value heads      structure.py
                                                             than ranks: each on several
     gate_proj, up_proj, down_proj (or gate_up_proj)         features of the hidden layer
     c_fc, c_proj; up_proj, down_proj; fc1, fc2              the same
     the model's input embedding and output head             rows of the vocabulary, logits gathered
-    3-d gate_up_proj and down_proj of experts               experts                                          replace_experts.py
-    with sequence_parallel: the list of decoder layers      tokens between its layers                        replace_sequence.py
-    with pp: the list of decoder layers                     layers, in stages                                replace_pipeline.py
+    3-d gate_up_proj and down_proj of experts               experts                                          experts.py
+    with sequence_parallel: the list of decoder layers      tokens between its layers                        sequence.py
+    with pp: the list of decoder layers                     layers, in stages                                pipeline.py
     a plan's linear layers and embeddings                   "column", "row", "gather" (column, output gathered), "vocab"
 """
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import nn
 
 from ..parallel.errors import nearest, raise_problems
 from ..parallel.mesh import Axis, Mesh
-from .replace_experts import check_experts, spread_experts
-from .replace_pipeline import plan_stages
-from .replace_sequence import split_sequence
-from .replace_split import STYLES, TRANSPOSED, Plan, Split, gather, split_all, transposed, whole_all
-from .replace_structure import ATTENTION, FORWARD, split_attention, split_mlp, split_vocabulary, table_options
+from .experts import check_experts, spread_experts
+from .pipeline import plan_stages
+from .sequence import split_sequence
+from .split import STYLES, TRANSPOSED, Plan, Split, gather, split_all, transposed, whole_all
+from .structure import ATTENTION, FORWARD, split_attention, split_mlp, split_vocabulary, table_options
 
 __all__ = ["STYLES", "Plan", "Split", "gather", "make_plan", "split_all", "whole_all"]
 

@@ -35,10 +35,10 @@ from ..parallel.foreign import (
     scatter_tokens,
 )
 from ..parallel.mesh import Axis
-from .replace_experts import Spread
-from .replace_kernels import LayerNorm, RMSNorm, as_probe, recognise
-from .replace_split import Plan, Split, refuse_records, transposed
-from .replace_structure import FORWARD
+from .experts import Spread
+from .fused import LayerNorm, RMSNorm, as_probe, recognise
+from .split import Plan, Split, refuse_records, transposed
+from .structure import FORWARD
 
 __all__ = ["split_sequence"]
 

@@ -19,9 +19,9 @@ from ..parallel.collectives import stack_from
 from ..parallel.errors import raise_problems
 from ..parallel.mesh import Axis
 from ..parallel.tensor_parallel import GatheredLinear, vocab_parallel_cross_entropy
-from . import replace_kernels
-from .replace_kernels import CausalLoss
-from .replace_split import Plan, Split
+from . import fused
+from .fused import CausalLoss
+from .split import Plan, Split
 
 __all__ = ["ParallelCausalLoss", "SplitHead", "split_logits", "whole_outputs"]
 
@@ -48,7 +48,7 @@ class ParallelCausalLoss(CausalLoss):
     def __call__(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
         if not getattr(self.head, "local", False):                    # or the model is whole for a while: verify
             return super().__call__(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
-        if replace_kernels._original or kwargs.get("weight") is not None or kwargs.get("label_smoothing"):
+        if fused._original or kwargs.get("weight") is not None or kwargs.get("label_smoothing"):
             return self.original(_whole(logits, self.head), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
         targets = targets.reshape(-1).to(logits.device)

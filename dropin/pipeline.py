@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ..kernels.comm import heap_of
 from ..parallel.mesh import Axis
-from .replace_split import Plan, Split, _in_front, _swap, refuse_records
-from .replace_structure import ATTENTION
+from .split import Plan, Split, _in_front, _swap, refuse_records
+from .structure import ATTENTION
 
 __all__ = ["Stages", "cut_stages", "of_stage", "plan_stages", "stage_gradients", "whole_stages"]
 

@@ -19,7 +19,7 @@ from ..kernels.comm import all_gather
 from ..parallel.errors import UserError, raise_problems
 from ..parallel.mesh import Axis, Mesh
 from ..parallel.sharding import grad_norm
-from .replace_save import together, unhidden, whole_state_dict
+from .save import together, unhidden, whole_state_dict
 
 __all__ = ["trainer_class"]
 

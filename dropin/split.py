@@ -27,7 +27,7 @@ from ..parallel.tensor_parallel import (
     complete_gradient,
     copy_part,
 )
-from .replace_kernels import as_probe
+from .fused import as_probe
 
 __all__ = ["STYLES", "Plan", "Split", "gather", "refuse_records", "split_all", "transposed", "whole_all"]
 
@@ -60,7 +60,7 @@ class Plan:
     partial: list[nn.Parameter] = field(default_factory=list)         # whole, but each rank's gradient is of its own heads or tokens
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    stages: Any = None                                                # of a pipeline: replace_pipeline.py
+    stages: Any = None                                                # of a pipeline: pipeline.py
 
     def add(self, name: str, module: nn.Module, style: str, tp: Axis, **how: Any) -> None:
         self.put(name, module, style, TRANSPOSED[style] if transposed(module) else STYLES[style][1], tp, **how)

@@ -29,8 +29,8 @@ from ..parallel.mesh import Axis, Mesh
 from ..parallel.sharding import pieces_of
 from ..parallel.tensor_parallel import complete_gradient, copy_part
 from .replace import replace_
-from .replace_report import Report
-from .replace_save import whole_shape
+from .report import Report
+from .save import whole_shape
 
 __all__ = ["Loaded", "load_pretrained_"]
 

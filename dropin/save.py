@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ..parallel.mesh import Axis
 from ..parallel.sharding import pieces_of
 from ..parallel.tensor_parallel import copy_part
-from .replace_layers import gather
-from .replace_pipeline import of_stage
+from .layers import gather
+from .pipeline import of_stage
 
 __all__ = ["guard", "together", "unguard", "unhidden", "whole_state_dict"]
 

@@ -6,7 +6,7 @@
     interlace.restore_(model)                        the original classes, bit-equal weights
 
 Every change is planned and checked before the first is made: after an error the model is as it was. Nothing global is patched.
-How modules are recognised and what runs in them: replace_kernels.py; tensor, sequence and expert parallelism: replace_layers.py.
+How modules are recognised and what runs in them: fused.py; tensor, sequence and expert parallelism: layers.py.
 """
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..parallel.errors import nearest, raise_problems
 from ..parallel.mesh import Axis, Mesh
-from .replace_kernels import CausalLoss, Change, Fused, fused_class, implementation, recognise, recognise_loss, use
-from .replace_layers import Plan as _Plan
-from .replace_layers import gather, make_plan, split_all, whole_all
-from .replace_loss import split_logits, whole_outputs
-from .replace_pipeline import cut_stages, stage_gradients, whole_stages
-from .replace_report import Report, Row, Verification
-from .replace_save import guard, unguard
+from .fused import CausalLoss, Change, Fused, fused_class, implementation, recognise, recognise_loss, use
+from .layers import Plan as _Plan
+from .layers import gather, make_plan, split_all, whole_all
+from .loss import split_logits, whole_outputs
+from .pipeline import cut_stages, stage_gradients, whole_stages
+from .report import Report, Row, Verification
+from .save import guard, unguard
 
 __all__ = ["replace_", "restore_", "use", "verify"]
 

@@ -23,8 +23,8 @@ from torch import nn
 from ..parallel.foreign import SharedTail, SplitRMSNorm
 from ..parallel.mesh import Axis
 from ..parallel.sharding import Piece, split
-from .replace_kernels import Change, RMSNorm, _close, as_probe, gated_probe, recognise
-from .replace_split import Plan, Split, transposed
+from .fused import Change, RMSNorm, _close, as_probe, gated_probe, recognise
+from .split import Plan, Split, transposed
 
 __all__ = ["ATTENTION", "FORWARD", "split_attention", "split_mlp", "split_vocabulary", "table_options"]
 

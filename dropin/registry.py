@@ -28,7 +28,7 @@ from ..kernels import expert_mlp, route_plan
 from ..kernels.comm import combine, dispatch, dispatch_plan
 from ..parallel.collectives import scatter_to, stack_from
 from ..parallel.errors import UserError, raise_problems
-from .hf_styles import axis_of, styles
+from .styles import axis_of, styles
 
 __all__ = ["plan", "register", "unregister"]
 

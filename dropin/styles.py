@@ -1,4 +1,4 @@
-"""Our layers as styles of transformers 5's tensor parallelism (hf_registry.py puts them there; names and meanings are listed there).
+"""Our layers as styles of transformers 5's tensor parallelism (registry.py puts them there; names and meanings are listed there).
 
 A style cuts parameters as transformers' own does, so that they are the DTensors its loader, save_pretrained and optimizers know; its
 forward runs on the local parts. With sequence parallelism activations between layers are [B, S/t, D], where t divides S; a step whose
