@@ -8,7 +8,7 @@ STAMP = .venv/.stamp
 setup: $(STAMP)
 	@.venv/bin/python setup.py -q build_ext --inplace
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "interlace needs Python >= 3.10, found %s: make PYTHON=python3.11 ..." % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	$(PIP) "setuptools>=77" torch
