@@ -180,7 +180,11 @@ class Rotary(Fused):
         world = {**forward.__globals__, name: turning(forward.__globals__[name], lambda: not _original)}
         copied = types.FunctionType(forward.__code__, world, forward.__name__, forward.__defaults__, forward.__closure__)
         copied.__kwdefaults__ = forward.__kwdefaults__
-        return {"forward": copied}
+
+        @functools.wraps(forward)
+        def chosen(self, *args, **kwargs):                            # a compiler fuses the original, and cannot guard other globals
+            return (forward if torch.compiler.is_compiling() else copied)(self, *args, **kwargs)
+        return {"forward": chosen}
 
 
 class Experts(Fused):

@@ -73,7 +73,7 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
         if found is not None and not (name in layers.splits and layers.splits[name][1].make is not None):
             todo.append((module, *found))
     report.rows += [loss_row] if loss_row else []
-    if strict and (left := [r for r in report.left if "already" not in r.why]):
+    if strict and (left := [r for r in report if r.why and "already" not in r.why]):
         raise_problems("replace_(strict=True)", [f"{r.name}: {r.why}; leave it out with skip=[{r.name!r}]" for r in left])
     if not dry_run:
         _put(model, todo, layers, mesh)

@@ -320,3 +320,21 @@ def test_killed_rank_is_noticed_and_named(tmp_path):
             p.kill()
             p.wait()
     assert sorted(n for n in os.listdir(SHM) if not n.startswith("sem.")) == [n for n in before if not n.startswith("sem.")]
+
+
+def test_a_runtime_of_other_sources(monkeypatch):
+    """After an update that was not built: no traceback at import, but where it is, and the way out."""
+    from interlace.kernels.comm import heap as module
+    real = module.ctypes.CDLL
+
+    class Older:
+        def __init__(self, path):
+            self.lib = real(path)
+
+        def __getattr__(self, name):
+            if name == "interlace_scatter_rows":
+                raise AttributeError(name)
+            return getattr(self.lib, name)
+    monkeypatch.setattr(module.ctypes, "CDLL", Older)
+    lib, why = module._load()
+    assert lib is None and "built from other sources, it has no scatter_rows: run make setup" in why

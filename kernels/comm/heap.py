@@ -107,7 +107,9 @@ def _load() -> tuple[Any, str]:
         ("walk_begin", i, (p, i, n, n, n, i)), ("walk_place", p, (p,)), ("walk_signal", None, (p,)), ("walk_wait", i, (p,)),
         ("walk_peer", p, (p, i)), ("walk_sum", None, (p, p, n, n, i)), ("walk_end", None, (p, i)),
     ):
-        fn = getattr(lib, f"interlace_{name}")
+        fn = getattr(lib, f"interlace_{name}", None)
+        if fn is None:
+            return None, f"the shared-memory runtime was built from other sources, it has no {name}: run make setup, or pip install . again"
         fn.restype, fn.argtypes = result, args
     return lib, ""
 
