@@ -96,6 +96,8 @@ def name(o):
 LAYOUTS = []
 if multiprocessing.parent_process() is None:                          # ranks import this file too
     LAYOUTS = sorted({name(o): o for o in layouts(8) + layouts(4, seed=1)[:18]}.values(), key=world)   # a pool of ranks after the other
+
+
 def _equal(rank, o):
     cfg = config(o)
     found = compare(cfg, Mesh.build(Layout.from_config(cfg, world(o))), vocab_size=cfg.model.vocab_size, steps=5)
@@ -108,12 +110,7 @@ def _equal(rank, o):
     assert {int(n.split(".")[1]) for n in names if n.startswith("layers.")} == set(range(cfg.model.num_layers)), "a stage was not compared"
 
 
-def marked(i, o):
-    """Eight ranks on two busy cores take 5 to 20 s a layout: eight of nine wait for `make test-all`."""
-    return pytest.param(o, id=name(o), marks=[pytest.mark.slow] if world(o) == 8 and i % 9 else [])
-
-
-@pytest.mark.parametrize("o", [marked(i, o) for i, o in enumerate(LAYOUTS)])
+@pytest.mark.parametrize("o", LAYOUTS, ids=name)
 def test_any_mix_equals_one_process(o):
     run(world(o), _equal, o)
 
