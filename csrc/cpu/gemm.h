@@ -197,6 +197,15 @@ template <class T, class D> void swapped(const View& a, const View& b, D* c, int
   });
 }
 
+// Whether this product of T is faster than torch's in float, on the CPU that it runs on.
+template <class T> inline bool ahead() {
+#if defined(__AVX2__) && defined(__FMA__)
+  return !std::is_same_v<T, float> || __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 // c = a b, or c += a b; c's rows are `step` apart.
 template <class T, class D> void multiply(const View& a, const View& b, D* c, int64_t step, bool add = false) {
   const int64_t K = a.cols, N = b.cols;
