@@ -1,4 +1,7 @@
-// grouped_gemm on CPU: one product of torch's BLAS for every expert that has rows. Math and shapes: kernels/grouped_gemm.py
+// grouped_gemm on CPU: one product for every expert that has rows. Math and shapes: kernels/grouped_gemm.py
+//
+// The product in float is ours (gemm.h) where it is faster than torch's: it packs its operands anyway, so a gather costs it nothing, and
+// 16-bit numbers are widened on the way. Everywhere else torch's, of a gathered or widened copy.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>  // mm and addmm, past the dispatcher
 
 #include <algorithm>
@@ -6,8 +9,10 @@
 #include <cstring>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "common.h"
+#include "gemm.h"
 
 namespace interlace {
 namespace {
@@ -82,26 +87,39 @@ template <class P, class T> void convert(const T* from, P* to, int64_t n) {
 // Where a side's rows are: rows first .. of data, or those of the tokens that have these rows in the plan (-1: zeros).
 template <class T> struct Side {
   const T* data;
-  const int32_t* slot;  // null: no gather
-  int64_t topk, width, R;
+  int64_t width, R;
+  std::vector<int32_t> token;  // of each row; empty: no gather
+  tiles::View view(int64_t first, int64_t n) const {
+    if (token.empty()) return {data + first * width, n, width, width, 1};
+    return {data, n, width, width, 1, token.data() + first};
+  }
   // n rows and up to `all` others: zeros, or whatever comes behind where the caller throws it away.
   template <class P> Matrix<const P> rows_of(int64_t first, int64_t n, int64_t all, bool zeros, Scratch<P>& scratch) const {
     if constexpr (std::is_same_v<P, T>)
-      if (!slot && (n == all || (!zeros && first + all <= R))) return {data + first * width, all, width};
+      if (token.empty() && (n == all || (!zeros && first + all <= R))) return {data + first * width, all, width};
     P* to = scratch.get(all * width);
     rows(all, width, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
-        const int64_t r = i >= n ? -1 : slot ? slot[first + i] : first + i;
+        const int64_t r = i >= n ? -1 : token.empty() ? first + i : token[first + i];
         if (r < 0) std::fill_n(to + i * width, width, P{});
-        else convert<P>(data + (slot ? r / topk : r) * width, to + i * width, width);
+        else convert<P>(data + r * width, to + i * width, width);
       }
     });
     return {to, all, width};
   }
 };
 
-template <class T> Side<T> side(const Tensor& t, const std::optional<Tensor>& slot, int64_t topk) {
-  return {in<T>(t), slot ? in<int32_t>(*slot) : nullptr, topk, t.size(1), (slot ? *slot : t).size(0)};
+template <class T> Side<T> side(const Tensor& t, const std::optional<Tensor>& slots, int64_t topk) {
+  Side<T> made{in<T>(t), t.size(1), (slots ? *slots : t).size(0), {}};
+  if (!slots) return made;
+  made.token.assign(in<int32_t>(*slots), in<int32_t>(*slots) + made.R);
+  for (int32_t& r : made.token) r = r < 0 ? -1 : r / static_cast<int32_t>(topk);
+  return made;
+}
+
+// Whether the product in P of n rows of T, of which each sum has `depth` terms, is ours.
+template <class P, class T> inline bool ours(int64_t n, int64_t depth) {
+  return std::is_same_v<P, float> && tiles::ahead<T>() && n >= 32 && depth > 0;
 }
 
 const int32_t* checked(const Tensor& offsets, int64_t E, int64_t R) {
@@ -139,6 +157,11 @@ void gemm_rows(const Tensor& x, const Tensor& w, const Tensor& offsets, const st
         const bool straight = std::is_same_v<P, T> && (n == all || (!side_by_side(E, R) && first + all <= R));
         T* to = yp + first * wide;
         const T* we = wp + e * N * K;
+        if (ours<P, T>(n, a.width)) {
+          if constexpr (std::is_same_v<P, float>)
+            tiles::multiply<T>(a.view(first, n), dgrad ? tiles::View{we, N, K, K, 1} : tiles::View{we, K, N, 1, K}, to, wide);
+          continue;
+        }
         const P* b;
         if constexpr (std::is_same_v<P, T>) b = we;
         else convert(we, weight.get(N * K), N * K), b = weight.get(0);
@@ -172,10 +195,14 @@ void wgrad(const Side<T>& g, const Side<T>& x, const int32_t* at, int64_t E, int
         if (!add) std::memset(to, 0, N * K * sizeof(D));
         continue;
       }
+      const int64_t n = at[e + 1] - at[e], all = padded<P>(n);
+      if (ours<P, T>(n, n)) {
+        if constexpr (std::is_same_v<P, float>) tiles::multiply<T>(g.view(at[e], n).flipped(), x.view(at[e], n), to, K, add);
+        continue;
+      }
       P* c;
       if constexpr (std::is_same_v<P, D>) c = to;
       else c = made.get(N * K);
-      const int64_t n = at[e + 1] - at[e], all = padded<P>(n);
       const Matrix<const P> gm = g.template rows_of<P>(at[e], n, all, true, left), xm = x.template rows_of<P>(at[e], n, all, true, right);
       product<P>({c, N, K}, {gm.data, gm.cols, gm.rows, true}, xm, add);
       if constexpr (!std::is_same_v<P, D>) convert(c, to, N * K);
