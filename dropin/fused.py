@@ -13,6 +13,7 @@ autocast, say) and under `use(kernels="original")`.
     no parameters, the tanh form of gelu (torch's exact one is as fast)            gelu
     a forward that calls a function (q, k, cos, sin) of its file, which turns halves   rope, in a copy of that forward
     3-d gate_up_proj [E, 2F, H] and down_proj [E, H, F], called with chosen experts and their weights     route_plan, expert_mlp
+    nn.Linear, and x @ weight + bias as transformers' Conv1D, on a CPU whose torch multiplies slower                gemm (product.py)
     nn.CrossEntropyLoss; a model's `loss_function` equal to the shifted mean over labels                  cross_entropy
 """
 from __future__ import annotations
@@ -272,10 +273,14 @@ class _GateUp(torch.autograd.Function):
 
 
 def _gate_up(gate: Any, up: Any, x: Tensor) -> Tensor | None:
-    plain = all(type(m) in (nn.Linear, ColumnParallelLinear) and not _hooked(m) for m in (gate, up)) and type(gate) is type(up)
+    plain = all(_linear(m) and not _hooked(m) for m in (gate, up)) and type(gate) is type(up)
     if plain and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type) and _alike(x, gate.weight, up.weight):
         return _GateUp.apply(x, gate.weight, up.weight, gate.bias, up.bias, gate.tp.group if type(gate) is ColumnParallelLinear else None)
     return None
+
+
+def _linear(m: nn.Module) -> bool:
+    return type(m) in (nn.Linear, ColumnParallelLinear) or (isinstance(m, Fused) and m._interlace.original is nn.Linear)
 
 
 def _hooked(m: nn.Module) -> bool:

@@ -11,6 +11,7 @@ How modules are recognised and what runs in them: fused.py; tensor, sequence and
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,12 +27,13 @@ from .layers import Plan as _Plan
 from .layers import gather, make_plan, split_all, whole_all
 from .loss import split_logits, whole_outputs
 from .pipeline import cut_stages, stage_gradients, whole_stages
+from .product import recognise_product
 from .report import Report, Row, Verification
 from .save import guard, unguard
 
 __all__ = ["replace_", "restore_", "use", "verify"]
 
-KERNELS = ("cross_entropy", "expert_mlp", "gated", "gelu", "layer_norm", "rms_norm", "rope", "swiglu")
+KERNELS = ("cross_entropy", "expert_mlp", "gated", "gelu", "gemm", "layer_norm", "rms_norm", "rope", "swiglu")
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
@@ -45,7 +47,8 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
         mesh: None for one device, or this rank's Mesh: layers are split over its tp axis, experts over its ep axis (over tp where ep
             has one rank); every rank calls with the same whole model.
         plan: "auto" (by structure), None (split nothing), or {pattern: "column" | "row" | "gather" | "vocab"} (fnmatch on names).
-        kernels: "auto", "none", or names out of cross_entropy, expert_mlp, gated, gelu, layer_norm, rms_norm, rope, swiglu.
+        kernels: "auto", "none", or names out of cross_entropy, expert_mlp, gated, gelu, gemm, layer_norm, rms_norm, rope,
+            swiglu.
         only, skip: patterns (fnmatch) of module names to look at, or to leave alone, with all below them.
         strict: raise where a pattern matches nothing, or a candidate has to be left as it is. dry_run: report only.
         sequence_parallel: between the decoder's layers each rank of tp holds its part of the tokens (plan="auto").
@@ -59,20 +62,23 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
     names = _kernels(kernels)
     chosen, notes = _chosen(model, None if only is None else list(only), skip, strict)
     _check_model(model, chosen)
+    names = _without_products(chosen, names, mesh)
     layers = make_plan(model, chosen, mesh or Mesh(), plan, strict, sequence_parallel)
     loss, loss_row = _look_at_loss(model, names, only, skip)
     if not gather_logits:
         loss = split_logits(layers, model, loss, (mesh or Mesh()).tp)
     report = Report(notes=notes + layers.notes + _meta_notes(model), dry_run=dry_run)
     todo: list[tuple[Any, type, Change]] = []
+    torchs: Counter[str] = Counter()
     for name, module in chosen:
-        row, found = _look(name, module, names)
+        row, found = _look(name, module, names, torchs)
         row = _sharding(name, module, row, layers)
         if row is not None:
             report.rows.append(row)
         if found is not None and not (name in layers.splits and layers.splits[name][1].make is not None):
             todo.append((module, *found))
     report.rows += [loss_row] if loss_row else []
+    report.notes += [f"{n} linear layers keep torch's product: {why}" for why, n in torchs.items()]
     if strict and (left := [r for r in report if r.why and "already" not in r.why]):
         raise_problems("replace_(strict=True)", [f"{r.name}: {r.why}; leave it out with skip=[{r.name!r}]" for r in left])
     if not dry_run:
@@ -189,14 +195,29 @@ def _meta_notes(model: nn.Module) -> list[str]:
     return ["the weights are on meta: load_pretrained_(model, folder) fills them"] if empty else []
 
 
-def _look(name: str, module: nn.Module, names: tuple[str, ...]) -> tuple[Row | None, tuple[type, Change] | None]:
-    """The report's row of one module, and what to do with it."""
+def _without_products(chosen: list[tuple[str, nn.Module]], names: tuple[str, ...], mesh: Mesh | None) -> tuple[str, ...]:
+    """The kernels without gemm where layers are cut: the parallel layers have it. Raises: ValueError for layers that have it already."""
+    cut = {} if mesh is None else {n: a.size for n, a in (("tp", mesh.tp), ("ep", mesh.ep), ("pp", mesh.pp)) if a.size > 1}
+    stands = [n for n, m in chosen if cut and isinstance(m, Fused) and m._interlace.kernel == "gemm"]
+    raise_problems("replace_", [f"a mesh of {cut} needs linear layers as they were, got gemm in {n} and {len(stands) - 1} more; "
+                                "call restore_ first" for n in stands[:1]])
+    return tuple(n for n in names if n != "gemm") if cut else names
+
+
+def _look(name: str, module: nn.Module, names: tuple[str, ...],
+          torchs: Counter[str]) -> tuple[Row | None, tuple[type, Change] | None]:
+    """The report's row of one module, and what to do with it; why a linear layer is left to torch is counted in `torchs`."""
     old = type(module).__name__
     if isinstance(module, Fused):
         return Row(name, old, why="already replaced"), None
     found = recognise(module) if names else None
     if isinstance(found, str):
         return Row(name, old, why=found), None
+    if found is None and "gemm" in names:
+        found = recognise_product(module)
+        if isinstance(found, str):
+            torchs[found] += 1
+            return None, None
     if found is None:
         if hasattr(module, "head_dim") and next(module.parameters(), None) is not None:
             return Row(name, old, why="rope and attention are functions its forward calls: nothing to replace in the instance"), None

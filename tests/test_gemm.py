@@ -89,6 +89,20 @@ def test_our_kernel_is_taken(monkeypatch):
 
 
 @pytest.mark.skipif(not _BUILT, reason="needs the C++ kernel")
+@pytest.mark.parametrize("K", [8192, 9001])
+def test_a_deep_product_in_pieces(K, monkeypatch):
+    """From 8192 on: no further from float64 than torch, the same bits for other rows, into a given output."""
+    monkeypatch.setattr(sys.modules[gemm.__module__], "_AMD", True)
+    g = torch.Generator().manual_seed(2)
+    a, b = torch.randn(40, K, generator=g), torch.randn(33, K, generator=g).t()
+    truth, out = a.double() @ b.double(), torch.full((40, 36), torch.nan)
+    got = gemm(a, b, out=out[:, :33])
+    assert torch.equal(got, gemm(a, b)) and out[:, 33:].isnan().all() and torch.equal(gemm(a[:35], b), got[:35])
+    allowed = (a @ b - truth).abs().max() + torch.finfo(torch.float32).eps * truth.abs().max()
+    assert (got - truth).abs().max() <= allowed
+
+
+@pytest.mark.skipif(not _BUILT, reason="needs the C++ kernel")
 def test_ops():
     a, b = torch.randn(4, 5), torch.randn(5, 6)
     opcheck(torch.ops.interlace.gemm.default, (a, b, torch.empty(4, 6)))

@@ -2,14 +2,20 @@
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from budget import check_budget
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import interlace
+from interlace.dropin import product
 from interlace.dropin.fused import Fused
+from interlace.kernels.comm.gemm import _BUILT, gemm, pays, torch_keeps
+from interlace.parallel.mesh import Axis, Mesh
 
 
 class Net(nn.Module):
@@ -305,3 +311,169 @@ def test_out_of_vocabulary_raises_like_torch():
     interlace.replace_(loss)
     with pytest.raises(IndexError, match="out of bounds"):
         loss[0](torch.randn(2, 5), torch.tensor([1, 5]))
+
+
+# ---- linear layers -----------------------------------------------------------------------------------------------
+
+
+class Conv1D(nn.Module):
+    """transformers' layer under another name: a weight stored [K, N]."""
+
+    def __init__(self, K, N):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(K, N) * 0.1), nn.Parameter(torch.randn(N))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class Own(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def linears(D=8):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, D), nn.Linear(D, D, bias=False), Conv1D(D, D), Own(D, D), nn.Linear(D, D))
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The layers' product ran: a list of its outputs' shapes. Ours whatever the CPU and the size; in float64 it is torch's below."""
+    calls = []
+
+    def counted(x, w):
+        calls.append([*x.shape[:-1], w.shape[0]])
+        return op(x, w)
+    op = product.copy_gemm
+    monkeypatch.setattr(product, "copy_gemm", counted)
+    monkeypatch.setattr(product, "torch_keeps", lambda w: "")
+    monkeypatch.setattr(product, "pays", lambda x, w: True)
+    return calls
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    """The rule of a CPU on which ours is faster in fp32, and in fp16."""
+    if not _BUILT:
+        pytest.skip("needs the C++ kernel")
+    module = sys.modules[gemm.__module__]
+    monkeypatch.setattr(module, "_AMD", True)
+    monkeypatch.setitem(module._FAST, torch.float16, False)
+
+
+def test_linear_layers_equal_stock_and_the_way_back(ran):
+    model, x = linears().double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    model[1].weight.requires_grad_(False)
+    classes, bits = [type(m) for m in model], copy.deepcopy(model.state_dict())
+    model[4].forward = lambda x: nn.Linear.forward(model[4], x)
+    report = interlace.replace_(model)
+    assert {r.name: r.kernel.split()[0] for r in report.replaced} == {"0": "gemm", "1": "gemm", "2": "gemm"}
+    assert "1 linear layers keep torch's product: Own is a class of its own" in report.notes and "overridden" in str(report.notes)
+    del model[4].forward
+    assert interlace.replace_(model).replaced[0].name == "4"
+    equal = [m for m in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))]
+    for m in equal:
+        ran.clear()
+        m(x)
+        assert ran == [[2, 3, 8]] * 4
+    stock = copy.deepcopy(model)
+    interlace.restore_(stock)
+    for m in (model, stock):
+        m.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = m(leaf)
+        y.square().sum().backward()
+        m.seen = [y, leaf.grad, *(p.grad for p in m.parameters() if p.requires_grad)]
+    torch.testing.assert_close(model.seen, stock.seen, rtol=1e-10, atol=1e-10)
+    assert model[1].weight.grad is None and model[2].weight.grad.is_contiguous(), "the gradient lies as its weight does"
+    assert list(model.state_dict()) == list(bits) and interlace.verify(model, x).ok
+    interlace.restore_(model)
+    assert [type(m) for m in model] == classes and all(torch.equal(v, bits[k]) for k, v in model.state_dict().items())
+
+
+def test_a_wrong_product_is_found(ran, monkeypatch):
+    model, x = nn.Sequential(nn.Linear(8, 8)).double(), torch.randn(3, 8, dtype=torch.float64)
+    interlace.replace_(model)
+    assert interlace.verify(model, x).ok
+    monkeypatch.setattr(product, "copy_gemm", lambda x, w: x @ w.t() * 1.001)
+    assert not interlace.verify(model, x).ok
+
+
+@pytest.mark.parametrize("dtype, D", [(torch.float32, 512), (torch.float16, 96)], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_linear_errs_no_more_than_eager(kind, dtype, D, amd):
+    layer = nn.Sequential(nn.Linear(D, D) if kind == "linear" else Conv1D(D, D)).to(dtype)
+    assert interlace.replace_(layer).replaced
+    g = torch.Generator().manual_seed(3)
+    x, w, b, dy = (torch.randn(*s, generator=g) for s in ((512, D), (D, D), (D,), (512, D)))
+    assert pays(x.to(dtype), w.to(dtype))
+    ours = lambda x, w, b: torch.func.functional_call(layer, {"0.weight": w, "0.bias": b}, x)  # noqa: E731
+    check_budget(ours, (lambda x, w, b: F.linear(x, w, b)) if kind == "linear" else (lambda x, w, b: x @ w + b), (x, w, b), dtype, [dy])
+
+
+def test_where_torchs_product_stays(amd, monkeypatch):
+    at = lambda M, K, N, dtype=torch.float32: (torch.empty(M, K, dtype=dtype), torch.empty(N, K, dtype=dtype))  # noqa: E731
+    assert pays(*at(512, 512, 512)) and pays(*at(64, 512, 8192)) and pays(torch.empty(2, 256, 512), torch.empty(512, 512))
+    assert not pays(*at(1, 512, 32000)) and not pays(*at(31, 4096, 4096)), "a step of generate"
+    assert not pays(*at(128, 512, 512)) and not pays(*at(8192, 512, 256)) and not pays(*at(512, 512, 512, torch.float64))
+    assert pays(*at(32, 64, 64, torch.float16)) and not pays(*at(8, 512, 512, torch.float16))
+    assert not pays(torch.empty(512, 512), torch.empty(512, 512).half()) and not pays(torch.empty(0, 512), torch.empty(512, 512))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not pays(*at(512, 512, 512))
+    with interlace.use("reference"):
+        assert not pays(*at(512, 512, 512))
+    assert "float64" in torch_keeps(at(1, 512, 512, torch.float64)[1]) and "fewer than 512" in torch_keeps(at(1, 8, 512)[1])
+    assert not torch_keeps(torch.empty(512, 512, device="meta")) or torch.cuda.is_available()
+    monkeypatch.setattr(sys.modules[gemm.__module__], "_AMD", False)
+    assert "as fast on this CPU" in torch_keeps(at(1, 512, 512)[1]) and not pays(*at(512, 512, 512))
+    assert "as fast on this CPU" in str(interlace.replace_(nn.Sequential(nn.Linear(512, 512))))
+    assert not interlace.replace_(nn.Sequential(nn.Linear(512, 512)), strict=True).replaced, "not a reason to refuse"
+    assert not interlace.replace_(nn.Sequential(nn.Linear(512, 512)), kernels="rms_norm").notes
+
+
+def test_what_users_do_to_linear_layers(amd, monkeypatch):
+    """Hooks, no_grad, checkpointing, a second derivative, torch.func, forward mode, torch.compile, autocast."""
+    calls, op = [], product.copy_gemm
+    monkeypatch.setattr(product, "copy_gemm", lambda x, w: calls.append(0) or op(x, w))
+    torch.manual_seed(0)
+    layer, x, seen = nn.Linear(512, 512), torch.randn(512, 512, requires_grad=True), []
+    stock = copy.deepcopy(layer)
+    interlace.replace_(layer)
+    near = lambda got, want: torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # noqa: E731
+    hook = layer.register_forward_hook(lambda *_: seen.append(0))
+    with torch.no_grad():
+        near(layer(x), stock(x))
+    near(layer(input=x), stock(x))
+    assert len(calls) == len(seen) == 2
+    hook.remove()
+    for m in (layer, stock):
+        checkpoint(m, x, use_reentrant=False).square().mean().backward()
+        first, = torch.autograd.grad(m(x).square().mean(), x, create_graph=True)
+        m.grads = [m.weight.grad, m.bias.grad, *torch.autograd.grad(first.square().sum(), [x, m.weight])]
+    near(layer.grads, stock.grads)
+    assert len(calls) == 5
+    for m in (layer, stock):
+        m.grads = torch.func.grad(lambda w, m=m: torch.func.functional_call(m, {"weight": w}, (x,)).sum())(m.weight.detach())
+        with torch.autograd.forward_ad.dual_level():
+            y = m(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+            m.grads = m.grads, torch.autograd.forward_ad.unpack_dual(y).tangent
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert m(x).dtype == torch.bfloat16
+    near(layer.grads, stock.grads)
+    near(torch.compile(layer, backend="eager", fullgraph=True)(x), stock(x))
+    assert len(calls) == 5, "torch's own forward where ours is unknown to what looks on"
+
+
+def test_gate_and_up_stay_one_buffer(ran):
+    model = nn.Sequential(Gated(8)).double()
+    assert {r.kernel.split()[0] for r in interlace.replace_(model).replaced} == {"swiglu", "gemm"}
+    equal_to_stock(model, torch.randn(4, 8, dtype=torch.float64))
+    assert ran == [[4, 8]], "gate and up go through the buffer, down through its layer"
+
+
+def test_linear_layers_go_back_before_a_mesh_cuts_them(ran):
+    model = linears()
+    interlace.replace_(model)
+    with pytest.raises(ValueError, match=r"mesh of \{'tp': 2\} needs linear layers as they were, got gemm in 0 and 3 more; call restore_"):
+        interlace.replace_(model, Mesh(tp=Axis("tp", 2, 0)))

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import interlace
+from interlace.dropin import product
 
 transformers = pytest.importorskip("transformers")
 from hf import MODELS, close, make, sample, step, twin  # noqa: E402
@@ -39,6 +40,21 @@ def test_equals_stock_in_float64(name):
     assert not interlace.replace_(model).replaced and list(model.state_dict()) == list(bits)
     interlace.restore_(model)
     assert [type(m) for m in model.modules()] == classes and all(torch.equal(v, bits[n]) for n, v in model.state_dict().items())
+    close(step(model, batch), want, 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_linear_layers_equal_stock_in_float64(name, monkeypatch):
+    """The tiny models' layers are forced through the product that large ones take."""
+    monkeypatch.setattr(product, "torch_keeps", lambda w: "")
+    monkeypatch.setattr(product, "pays", lambda x, w: x.dtype == w.dtype)
+    model, batch = make(name), sample()
+    want = step(model, batch)
+    linear = sum(type(m) is torch.nn.Linear or type(m).__name__ == "Conv1D" for m in model.modules())
+    report = interlace.replace_(model)
+    assert sum(r.kernel.startswith("gemm") for r in report.replaced) == linear > 8
+    close(step(model, batch), want)
+    interlace.restore_(model)
     close(step(model, batch), want, 0)
 
 

@@ -4,7 +4,7 @@
     b = ready(b)                        the same b for many products: whatever is done to it, once
 
     fp32        ours on AMD from 32 rows on: 100 GFLOP/s where torch's (MKL) has 85 (Zen 4, one thread, M 2048, K = N = 1024), 92 for 79
-                at M 64 with b ready; torch's on other CPUs
+                at M 64 with b ready; torch's on other CPUs. From K = 8192 on in pieces of 2048: their packed b stays in cache (84 -> 92)
     bf16, fp16  torch's where the CPU has instructions for them. Without, it runs at 1 to 17 GFLOP/s: there the sums are made in fp32, by
                 our kernel, which widens as it packs, or where that is not built by torch's, in blocks whose fp32 copies stay in cache
 
@@ -18,12 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import CPP, build_info, cpu_flags, define
+from .. import dispatch
+from ..dispatch import CPP, build_info, cpu_flags, define, traced
 
-__all__ = ["check_gemm", "flat", "gemm", "ready", "slow"]
+__all__ = ["check_gemm", "flat", "gemm", "pays", "ready", "slow", "torch_keeps"]
 
 _FAST = {torch.bfloat16: bool(cpu_flags() & {"avx512_bf16", "amx_bf16"}), torch.float16: bool(cpu_flags() & {"avx512_fp16", "amx_fp16"})}
 BLOCK = 1 << 20                                                       # bytes of the fp32 copies of a block of rows
+DEEP, PIECE = 8192, 2048                                              # an inner dimension that is cut, and into what
+SIDE, WORK = 512, 1 << 27                                             # a layer's least features and rows * features * features, fp32
 _kept = threading.local()                                             # autograd's threads have their own
 
 
@@ -56,10 +59,38 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def _ours(a: Tensor, b: Tensor) -> bool:
     """True where our kernel multiplies. A tracer, and a graph, see torch's product."""
-    if not _BUILT or not (slow(a) or (_AMD and a.dtype == torch.float32 and a.is_cpu and a.shape[0] >= 32)):
+    if not _BUILT or dispatch._REFERENCE_ONLY or not (slow(a) or (_AMD and a.dtype == torch.float32 and a.is_cpu and a.shape[0] >= 32)):
         return False
     return (a.dtype == b.dtype and type(a) in _PLAIN and type(b) in _PLAIN and a.numel() > 0 < b.numel()
             and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)))
+
+
+def torch_keeps(w: Tensor) -> str:
+    """Why torch's product is no slower in a layer of weight w (two features' dimensions), whatever its input; "" where `pays` decides."""
+    if w.device.type not in ("cpu", "meta") or (w.is_meta and torch.cuda.is_available()):
+        return f"on {w.device.type} tensors torch's own is as fast"
+    if w.dtype not in (torch.float32, *_FAST):
+        return f"{w.dtype} has no product of ours"
+    if not _BUILT:
+        return "the C++ product is not there"
+    if w.dtype != torch.float32:
+        return f"this CPU has instructions for {w.dtype}" if _FAST[w.dtype] else ""
+    return "in fp32 torch's own is as fast on this CPU" if not _AMD else f"fewer than {SIDE} features" if min(w.shape) < SIDE else ""
+
+
+def pays(x: Tensor, w: Tensor) -> bool:
+    """Whether x [..., K] times w (N by K, or K by N) and the two gradients are faster through `gemm`: its autograd node costs 70 us of
+    Python, and packing w costs as much as 30 rows. Measured on Zen 4: at M = K = N = 512 1.03x of torch, 0.98x at M = 256, 1.07x at
+    M = 128 and K = N = 1024; fp16 0.9x at K = N = 64 and 16 rows, 1.5x at 32."""
+    rows = x.numel() // max(1, x.shape[-1])
+    work = rows * w.numel()
+    if rows < 16 or work < (1 << 17) or x.dtype != w.dtype or not x.is_cpu or torch_keeps(w):
+        return False
+    if x.dtype == torch.float32 and (rows < 32 or work < WORK):
+        return False
+    return (type(x) in _PLAIN and type(w) in _PLAIN and not dispatch._REFERENCE_ONLY and not traced()
+            and not torch.is_autocast_enabled("cpu") and not torch._C._are_functorch_transforms_active()
+            and torch.autograd.forward_ad._current_level < 0)
 
 
 def slow(x: Tensor) -> bool:
@@ -88,6 +119,12 @@ def gemm(a: Tensor, b: Tensor | Ready, out: Tensor | None = None) -> Tensor:
         y = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
         if packed is not None:
             torch.ops.interlace.gemm_packed(a, packed, y)
+        elif a.shape[1] >= DEEP and a.dtype == torch.float32:
+            part = torch.empty_like(y)
+            for k in range(0, a.shape[1], PIECE):
+                torch.ops.interlace.gemm(a[:, k:k + PIECE], b[k:k + PIECE], part if k else y)
+                if k:
+                    y += part
         else:
             torch.ops.interlace.gemm(a, b, y)
         return y

@@ -74,16 +74,21 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(x, w)
 
 
+def _dw(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """dy.T @ x, laid out as w is: a weight that is stored [K, N] gets its gradient without a transposition."""
+    return gemm(flat(x).t(), flat(dy)).t() if w.stride(0) == 1 < w.stride(1) else gemm(flat(dy).t(), flat(x))
+
+
 def _gemm_ar_backward(ctx, dy):
     x, w = ctx.saved_tensors
     dx = gemm(flat(dy), w).view(x.shape) if ctx.needs_input_grad[0] else None
-    return dx, gemm(flat(dy).t(), flat(x)) if ctx.needs_input_grad[1] else None, None
+    return dx, _dw(dy, x, w) if ctx.needs_input_grad[1] else None, None
 
 
 def _copy_gemm_backward(ctx, dy):
     x, w = ctx.saved_tensors
     dx = _gemm_ar(dy, w.t(), ctx.group) if ctx.needs_input_grad[0] else None
-    return dx, gemm(flat(dy).t(), flat(x)) if ctx.needs_input_grad[1] else None, None
+    return dx, _dw(dy, x, w) if ctx.needs_input_grad[1] else None, None
 
 
 def _fake(x: Tensor, w: Tensor, world: int) -> Tensor:
