@@ -240,7 +240,7 @@ def _over_tokens(out: Plan, name: str, m: Any, how: Split, region: Region, silen
     elif how.style == "tail":
         del out.splits[name]                                          # whole, its gradient a part: summed with the others
     elif how.style == "heads" and how.make is None:
-        how.wraps, how.attributes = (Gathering,), how.attributes | {"_interlace_region": region}
+        how.wraps, how.attributes = (*how.wraps, Gathering), how.attributes | {"_interlace_region": region}
     elif how.style == "experts":
         spread: Spread = how.attributes["_interlace_spread"]
         how.attributes = how.attributes | {"_interlace_spread": replace(spread, tp=Axis("tp"))}

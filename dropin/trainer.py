@@ -107,8 +107,8 @@ def _check(args: Any, tp: Axis, own: Any) -> None:
                         "the others; use your own loop, or wrap with interlace.DistributedDataParallel")
     optim = getattr(getattr(args, "optim", None), "value", "adamw_torch")
     if own is None and optim not in BY_ELEMENT:
-        problems.append(f"optim must step every number by itself, since a rank holds parts, got {optim!r}; use one of {', '.join(BY_ELEMENT)}, "
-                        "or pass optimizers= of your own")
+        problems.append(f"optim must step every number by itself, since a rank holds parts, got {optim!r}; use one of "
+                        f"{', '.join(BY_ELEMENT)}, or pass optimizers= of your own")
     words = {word: getattr(args, word, None) for word in ("deepspeed", "fsdp")}
     problems += [f"{word} must be unset, got {value}; leave it out" for word, value in words.items() if value]
     raise_problems("hf.Trainer", problems)

@@ -72,7 +72,7 @@ def _trainer(rank, folder):
     interlace.replace_(model, mesh(2))
     with pytest.raises(ValueError, match=r"must be trained by interlace\.hf\.Trainer"):
         Trainer(model=model, args=arguments(folder / "ours"), train_dataset=words())
-    with pytest.raises(ValueError, match="optim must step every number by itself.*got 'adafactor'; use one of adagrad, adamw_torch"):
+    with pytest.raises(ValueError, match=r"optim must step .*got .adafactor.; use one of adagrad, adamw_torch"):
         interlace.hf.Trainer(model=model, args=arguments(folder / "ours", optim="adafactor"), train_dataset=words())
     trainer, got = trained(model, interlace.hf.Trainer, folder / "ours", save_strategy="steps", save_steps=5, save_only_model=True)
     same(got, want)
@@ -93,7 +93,7 @@ def test_trainer_over_2_ranks(tmp_path):
 
 
 def _resumed(rank, folder):
-    """Steps 4 and 5 after a stop at 3 are those of the unbroken run: bit for bit at the same tp, and near from tp=2 to one device and back."""
+    """Steps 4 and 5 after a stop at 3 are the unbroken run's: bit for bit at the same tp, near from tp=2 to one device and back."""
     import os
 
     from transformers import Trainer
