@@ -1,7 +1,8 @@
 """Whether an attention block may be split into heads: its parts, run apart on a probe, must add up to the whole.
 
 The layout of a fused query_key_value is not written on it: [q | k | v] and q, k, v head by head have the same shape, and a wrong cut
-runs. So each rank's part is made in this process, the forward run with stand-ins for what its model passes, and the sum compared.
+runs. A forward may count on the width of all heads. So each rank's part is made in this process, the forward run with stand-ins for
+what its model passes, and the sum compared.
 """
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import copy
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -89,12 +90,14 @@ def _quiet(m: Any, **params: Tensor | None) -> Any:
 # ---- the probe ---------------------------------------------------------------------------------------------------
 
 
-def adds_up(m: Any, children: dict[str, Any], found: Any, size: int, numbers: Callable[[Axis], dict[str, Any]]) -> bool | None:
+def adds_up(m: Any, children: dict[str, Any], found: Any, size: int, numbers: Callable[[Axis], dict[str, Any]],
+            left_out: Collection[str]) -> bool | None:
     """Whether `size` parts of an attention block's heads add up to the whole; None where it does not run on a probe.
 
-    found: its projections (structure.Heads); numbers(axis): the attributes of a rank's part."""
+    found: its projections (structure.Heads); numbers(axis): the attributes of a rank's part; left_out: norms over all heads."""
     try:
         whole = _wide(m, children)
+        whole._modules |= {n: nn.Identity() for n in left_out}
         one = whole._modules[next(iter(found.columns))]
         width = one.in_features if isinstance(one, nn.Linear) else one.weight.shape[0]
     except Exception:

@@ -192,12 +192,14 @@ def plan_stages(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Module]]
 
 def _is_decoder(m: nn.ModuleList) -> bool:
     """Layers of hidden states that hold attention, by their signature."""
+    tensors = ("torch.Tensor", "torch.FloatTensor", "torch.FloatTensor'>")
+
     def fits(layer: nn.Module) -> bool:
         signature = inspect.signature(type(layer).forward)
         names = list(signature.parameters)
         returns = signature.return_annotation
         attention = any(ATTENTION & {n for n, _ in c.named_children()} for c in layer.modules())
-        return len(names) > 1 and names[1] == "hidden_states" and attention and (returns is Tensor or str(returns).endswith("torch.Tensor"))
+        return len(names) > 1 and names[1] == "hidden_states" and attention and (returns is Tensor or str(returns).endswith(tensors))
     return len(m) > 0 and all(fits(layer) for layer in m)
 
 

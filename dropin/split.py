@@ -60,7 +60,7 @@ class Plan:
     partial: list[nn.Parameter] = field(default_factory=list)         # whole, but each rank's gradient is of its own heads or tokens
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    proofs: dict[Any, tuple[bool | None, str]] = field(default_factory=dict)   # of attention blocks, one for all alike: structure.py
+    proofs: dict[Any, tuple[dict | None, str]] = field(default_factory=dict)   # of attention blocks, one for all alike
     stages: Any = None                                                # of a pipeline: pipeline.py
 
     def add(self, name: str, module: nn.Module, style: str, tp: Axis, **how: Any) -> None:

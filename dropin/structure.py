@@ -9,7 +9,7 @@
                                             and v of a head side by side: whichever adds up
     q_proj or q_b_proj, kv_b_proj, o_proj   q, kv_b (latent attention)                      o_proj    q_a, kv_a and their norms
 
-What is fused, or has buffers, must be proven: heads.py.
+A rank's heads, run apart on a probe, must add up to the whole: heads.py.
 
 A norm over all query or key heads is split with them and sums its squares over tp; a parameter with one number a head (sinks) is cut.
 """
@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Heads:
     tail: dict[str, int] = field(default_factory=dict)                # child -> its last outputs, which all heads read
     whole: tuple[str, ...] = ()                                       # children before the heads
     grouped: bool = False                                             # q, k and v of a head side by side: no key / value head twice
+    widths: bool = False                                              # its forward reads the width of all heads: a rank's there too
 
 
 def split_attention(out: Plan, name: str, m: Any, children: dict[str, Any], tp: Axis) -> str:
@@ -71,7 +73,7 @@ def split_attention(out: Plan, name: str, m: Any, children: dict[str, Any], tp: 
         out.problems.append(f"{name}: {heads} heads over {kv} key / value heads cannot be split over tp={tp.size}, got one that does not "
                             f"divide; use tp in {legal}")
         return ""
-    proven, why = _proven(out, m, children, found, tp)
+    proven, why = _proven(out, m, children, found, [n for n, (_, change) in norms.items() if change is not None], tp)
     if proven is None:
         return why + WHOLE
     found = proven
@@ -95,27 +97,26 @@ def split_attention(out: Plan, name: str, m: Any, children: dict[str, Any], tp: 
     return ""
 
 
-def _proven(out: Plan, m: Any, children: dict[str, Any], found: Heads, tp: Axis) -> tuple[Heads | None, str]:
-    """`found` in the layout whose parts add up on a probe, or why not. Four plain projections have but one, and need none."""
-    one, of_heads = next(iter(found.columns)), {found.heads, found.kv, found.width}
-    fused, buffers = len(found.columns) == 1, any(of_heads & set(b.shape) for b in m.buffers(recurse=False))
-    if not fused and not buffers:
-        return found, ""
-    key = type(m), tp.size, found.heads, found.kv, found.width, tuple(vars(m).get(n) for n in ("multi_query", "new_decoder_architecture"))
+def _proven(out: Plan, m: Any, children: dict[str, Any], found: Heads, norms: Collection[str], tp: Axis) -> tuple[Heads | None, str]:
+    """`found` as its parts add up on a probe, or why not. Where none runs (a flash kernel, say), four plain projections are believed."""
+    one, fused = next(iter(found.columns)), len(found.columns) == 1
+    grouped: dict[str, dict[str, tuple[int, int]]] = {one: {"": (sum(f for f, _ in found.columns[one].values()), found.kv)}}
+    ways = [{}, {"columns": grouped, "grouped": True}] if fused and found.kv % tp.size == 0 else [{}]
+    key = type(m), tp.size, found.heads, found.kv, found.width, *(v for v in vars(m).values() if isinstance(v, bool))
     if key not in out.proofs:
-        ways = [found]
-        if fused and found.kv % tp.size == 0:
-            ways.append(replace(found, columns={one: {"": (sum(f for f, _ in found.columns[one].values()), found.kv)}}, grouped=True))
-        told = [adds_up(m, children, way, tp.size, lambda axis, way=way: _local_numbers(m, way, axis)) for way in ways]
-        best = next((way for way, good in zip(ways, told) if good), None)
-        if best is None and told[0] is None and not buffers and one != "query_key_value":
-            best = found                                              # it does not run here (a flash kernel, say)
-        out.proofs[key] = (best.grouped, "") if best else (None, "its heads, run apart on a probe, do not add up to the whole"
-                                                           if False in told else "its forward does not run on a probe")
-    grouped, why = out.proofs[key]
-    if grouped:
-        found = replace(found, columns={one: {"": (sum(f for f, _ in found.columns[one].values()), found.kv)}}, grouped=True)
-    return (found if grouped is not None else None), why
+        ways = [way | {"widths": widths} for widths in (False, True) for way in ways]
+        told = []
+        for way in ways:
+            part = replace(found, **way)  # type: ignore[arg-type]
+            told.append(adds_up(m, children, part, tp.size, partial(_local_numbers, m, part), norms))
+            if told[-1]:
+                out.proofs[key] = way, ""
+                return part, ""
+        unknown = told[0] is None and one != "query_key_value"
+        out.proofs[key] = ({}, "") if unknown else (None, "its heads, run apart on a probe, do not add up to the whole"
+                                                    if False in told else "its forward does not run on a probe")
+    way, why = out.proofs[key]
+    return (None if way is None else replace(found, **way)), why  # type: ignore[arg-type]
 
 
 def _linear(*layers: Any) -> bool:
@@ -210,6 +211,12 @@ def _local_numbers(m: Any, found: Heads, tp: Axis) -> dict[str, Any]:
     mine, kv = found.heads // tp.size, max(1, found.kv // tp.size)
     numbers = {"num_key_value_groups": mine // kv, "num_heads": mine, "num_attention_heads": mine, "num_key_value_heads": kv,
                "num_kv_heads": kv, "split_size": found.width // tp.size}
+    if found.widths:
+        widths = dict.fromkeys(("hidden_size", "embed_dim", "inner_dim", "all_head_size"), found.width)
+        dh = found.width // found.heads
+        widths |= {"kv_heads": found.kv, "kv_dim": found.kv * dh}
+        here = {"kv_heads": kv, "kv_dim": kv * dh}
+        numbers |= {a: here.get(a, n // tp.size) for a, n in widths.items() if vars(m).get(a) == n}
     new: dict[str, Any] = {a: n for a, n in numbers.items() if a in vars(m)}
     code = getattr(inspect.unwrap(type(m).forward), "__code__", None)
     counts = {a: numbers[a] for a in ("num_attention_heads", "num_key_value_heads") if code is not None and a in code.co_names}
