@@ -118,6 +118,8 @@ def _by_structure(out: Plan, model: Any, chosen: list[tuple[str, nn.Module]], me
             why = split_attention(out, name, m, children, tp)
         elif FORWARD & set(children):
             why = split_mlp(out, name, m, children, tp)
+        elif hasattr(m, "head_dim") and any(isinstance(c, nn.Linear) for c in children.values()):
+            why = "its projections are none of those known: whole on every rank"
         else:
             continue
         if why:

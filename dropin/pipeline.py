@@ -6,7 +6,8 @@
 
 The model's own loop calls the layers: those of other stages hand h on, those of this one note their arguments, and the last of them
 runs all, a micro-batch after the other, while the next stage works on the one before. Autograd walks the same way back. Layers of other
-stages hold no weights. The bubble is (p - 1) / (m + p - 1) of a step, with m = min(B, 4 p) micro-batches.
+stages hold no weights. The bubble is (p - 1) / (m + p - 1) of a step, with m = min(B, 4 p) micro-batches. 1F1B, which begins backwards
+before all forwards are done, is pipeline_step: scheduled.py.
 """
 from __future__ import annotations
 
@@ -24,7 +25,18 @@ from ..parallel.mesh import Axis
 from .split import Plan, Split, _in_front, _swap, refuse_records
 from .structure import ATTENTION
 
-__all__ = ["Stages", "cut_stages", "of_stage", "plan_stages", "stage_gradients", "whole_stages"]
+__all__ = ["EndOfStage", "Passing", "Stages", "cut_stages", "of_stage", "plan_stages", "rows", "stage_gradients", "whole_stages"]
+
+
+@dataclass
+class Passing:
+    """One micro-batch on its way through this rank's stage. arrived: what the stage before sent, None on the first."""
+    arrived: Tensor | None
+    probe: bool = False                                               # end before the first layer, with what enters it
+
+
+class EndOfStage(Exception):
+    """A model's forward ends here, on a rank that has no more layers: its argument is what goes to the next stage."""
 
 
 @dataclass
@@ -36,6 +48,8 @@ class Stages:
     calls: list[tuple[Any, tuple, dict[str, Any]]] = field(default_factory=list)
     away: dict[Any, tuple[torch.Size, bool]] = field(default_factory=dict)   # parameters of other stages: shape, requires_grad
     places: dict[Any, int] = field(default_factory=dict)              # parameter of a layer -> that layer
+    passing: Passing | None = None                                    # of the micro-batch that scheduled.py runs
+    pipelines: dict[Any, Any] = field(default_factory=dict)           # its schedules, by the shapes of a batch
 
     @property
     def mine(self) -> list[int]:
@@ -127,6 +141,8 @@ class StagedLayer:
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         held, i = self._interlace_stages, self._interlace_place
         _check_call(self, args, kwargs)
+        if held.passing is not None:
+            return self._pass(hidden_states, held.passing, *args, **kwargs)
         if i == 0:
             held.calls.clear()
             if torch.is_grad_enabled() and not hidden_states.requires_grad:   # frozen embeddings: later stages still have gradients
@@ -139,33 +155,48 @@ class StagedLayer:
         calls, held.calls = held.calls, []
         return _run(calls, hidden_states, held.pp)
 
+    def _pass(self, h: Tensor, on: Passing, *args: Any, **kwargs: Any) -> Tensor:
+        """This layer for the one micro-batch that is on its way."""
+        held, i = self._interlace_stages, self._interlace_place
+        if on.probe:
+            raise EndOfStage(h)
+        if i not in held.mine:
+            return h
+        if i == held.mine[0]:
+            h = on.arrived if on.arrived is not None else h if h.requires_grad else h.detach().requires_grad_()
+        out = super().forward(h, *args, **kwargs)                     # type: ignore[misc]
+        h = out[0] if isinstance(out, tuple) else out
+        if i == held.mine[-1] and i + 1 < len(held.owner):
+            raise EndOfStage(h)
+        return h
+
 
 def _run(calls: list[tuple[Any, tuple, dict[str, Any]]], h: Tensor, pp: Axis) -> Tensor:
     """This rank's layers over every micro-batch, then the last stage's result."""
     count, parts, at = min(len(h), 4 * pp.size), [], 0
     for x in h.chunk(count):
-        rows = slice(at, at + len(x))
+        part = slice(at, at + len(x))
         x, at = x if pp.rank == 0 else _Receive.apply(x, pp), at + len(x)
         for layer, args, kwargs in calls:
-            out = layer.forward(x, *_rows(args, rows, len(h)), **_rows(kwargs, rows, len(h)))
+            out = layer.forward(x, *rows(args, part, len(h)), **rows(kwargs, part, len(h)))
             x = out[0] if isinstance(out, tuple) else out
         parts.append(x if pp.rank == pp.size - 1 else _Send.apply(x, pp))
     return _Leave.apply(h.shape, pp, *parts)
 
 
-def _rows(value: Any, rows: slice, batch: int) -> Any:
+def rows(value: Any, part: slice, batch: int) -> Any:
     """A micro-batch's part of an argument: rows of what has one for each sample."""
     if torch.is_tensor(value):
-        return value[rows] if value.dim() and value.shape[0] == batch and batch > 1 else value
+        return value[part] if value.dim() > 1 and value.shape[0] == batch and batch > 1 else value
     if isinstance(value, (tuple, list)):
-        return type(value)(_rows(v, rows, batch) for v in value)
-    return {k: _rows(v, rows, batch) for k, v in value.items()} if isinstance(value, dict) else value
+        return type(value)(rows(v, part, batch) for v in value)
+    return {k: rows(v, part, batch) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _check_call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     if any(hasattr(v, "get_seq_length") for v in (*args, *kwargs.values())):
-        raise ValueError("pipeline stages: use_cache must be False, got a cache, of which every rank would see its own layers; "
-                         "pass use_cache=False, and restore_ before generate()")
+        raise ValueError("pipeline stages: use_cache must be False, got a cache, of which every rank would fill its own layers' part; pass "
+                         "use_cache=False, to generate() too (each token then runs the whole text), or call restore_ first")
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
         raise ValueError("pipeline stages: gradient checkpointing must be off, got a layer that would send twice; disable it")
 
@@ -192,12 +223,14 @@ def plan_stages(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Module]]
 
 def _is_decoder(m: nn.ModuleList) -> bool:
     """Layers of hidden states that hold attention, by their signature."""
+    tensors = ("torch.Tensor", "torch.FloatTensor", "torch.FloatTensor'>")
+
     def fits(layer: nn.Module) -> bool:
         signature = inspect.signature(type(layer).forward)
         names = list(signature.parameters)
         returns = signature.return_annotation
         attention = any(ATTENTION & {n for n, _ in c.named_children()} for c in layer.modules())
-        return len(names) > 1 and names[1] == "hidden_states" and attention and (returns is Tensor or str(returns).endswith("torch.Tensor"))
+        return len(names) > 1 and names[1] == "hidden_states" and attention and (returns is Tensor or str(returns).endswith(tensors))
     return len(m) > 0 and all(fits(layer) for layer in m)
 
 
@@ -263,5 +296,6 @@ def whole_stages(model: Any) -> Stages:
         if hasattr(p, "stages"):
             del p.stages
     stages.away.clear()
+    stages.pipelines.clear()
     del model._interlace_stages_of
     return stages

@@ -4,6 +4,7 @@
     interlace.whole_state_dict(model)        every rank calls; whole tensors on the CPU of the first rank
     model.state_dict()                       this rank's part, for load_state_dict here; torch.save of it raises
     model.load_state_dict(whole or part)     each rank takes its part of whole tensors
+    interlace.hf.Trainer                     the same with its optimizer's state: whole on disk, parts in a rank
 
 All of it stands on the model's instance and goes with restore_. A gather holds one whole parameter on each rank; the first rank keeps
 the whole model in host memory, as transformers does. A rank that calls alone is told so after WAIT seconds; it hangs nobody.
@@ -21,13 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..parallel.errors import raise_problems
 from ..parallel.mesh import Axis
 from ..parallel.sharding import pieces_of
 from ..parallel.tensor_parallel import copy_part
 from .layers import gather
 from .pipeline import of_stage
 
-__all__ = ["guard", "together", "unguard", "unhidden", "whole_state_dict"]
+__all__ = ["guard", "parts_of_state", "together", "unguard", "unhidden", "whole_optimizer_state", "whole_state_dict"]
 
 WAIT = 120                                                            # seconds that ranks may come apart to a collective call
 
@@ -118,6 +120,58 @@ def whole_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     return whole if tp.rank == 0 else OrderedDict()
 
 
+# ---- an optimizer's state ----------------------------------------------------------------------------------------
+
+
+def whole_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """optimizer.state_dict() of the whole model, as an optimizer of one device has it, on the CPU of the first rank of tp; elsewhere its
+    tensors are empty. What has the shape of its parameter is gathered like it, numbers stay.
+
+    Every rank of tp calls it. Raises: ValueError for state of other shapes (Adafactor's rows and columns)."""
+    tp: Axis = model._interlace_tp  # type: ignore[assignment]
+    state = optimizer.state_dict()
+    params = _in_order(optimizer)
+    raise_problems("whole_optimizer_state", [
+        f"a state must be one number, or have its parameter's shape {list(params[i].shape)}, got {list(v.shape)} for {key!r}; use an "
+        "optimizer that works element by element" for i, of in state["state"].items() for key, v in of.items()
+        if torch.is_tensor(v) and v.dim() and v.shape != params[i].shape][:1])
+    for axis in _axes(model):
+        _meet(axis)
+    out: dict[int, dict[str, Any]] = {}
+    with torch.no_grad():
+        for i, of in state["state"].items():
+            out[i] = dict(of)
+            for key, v in of.items():
+                if torch.is_tensor(v) and v.dim():
+                    full = gather(params[i], v, tp)
+                    out[i][key] = full.to("cpu", copy=True) if tp.rank == 0 else full.new_empty(0)
+    return state | {"state": out}
+
+
+def parts_of_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A hook before optimizer.load_state_dict: this rank's parts of whole tensors."""
+    params, mine = _in_order(optimizer), {}
+    for i, of in state["state"].items():
+        p = params.get(i)
+        mine[i] = {k: _part_of(p, v) if p is not None and torch.is_tensor(v) else v for k, v in of.items()}
+    return state | {"state": mine}
+
+
+def _in_order(optimizer: Any) -> dict[int, Any]:
+    """{number in a state_dict: parameter}"""
+    return dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+
+
+def _part_of(p: Any, given: Tensor) -> Tensor:
+    """This rank's part of a tensor like the whole of p; anything else as it is."""
+    if not (hasattr(p, "pieces") and p.dim() and given.shape != p.shape and tuple(given.shape) == whole_shape(p)):
+        return given
+    local = torch.zeros(p.shape, dtype=given.dtype, device=given.device)
+    if p.numel():                                                     # else it is of another pipeline stage
+        copy_part(pieces_of(p), given, local)
+    return local
+
+
 def _meet(axis: Axis) -> None:
     """Wait for every rank of an axis, for a while."""
     if dist.get_backend(axis.group) != "gloo":                        # NCCL's watchdog ends a wait
@@ -179,9 +233,5 @@ def _take_parts(model: Any, state: dict, prefix: str, local_metadata: dict, *_: 
     if local_metadata.get("assign_to_params_buffers"):
         raise ValueError("load_state_dict: a split model keeps its Parameter objects, got assign=True; leave it out")
     for name, p in model.named_parameters(remove_duplicate=False):
-        given = state.get(prefix + name)
-        if torch.is_tensor(given) and hasattr(p, "pieces") and p.dim() and given.shape != p.shape and tuple(given.shape) == whole_shape(p):
-            local = torch.zeros(p.shape, dtype=given.dtype, device=given.device)
-            if p.numel():                                             # else it is of another pipeline stage
-                copy_part(pieces_of(p), given, local)
-            state[prefix + name] = local
+        if torch.is_tensor(given := state.get(prefix + name)):
+            state[prefix + name] = _part_of(p, given)

@@ -106,6 +106,10 @@ def split_sequence(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Modul
     region, silent = Region(tp), replace(tp, group=None)              # columns: the gather before them sums their dx
     for layer in layers:
         _check_layer(out, names, layer)
+        apart = [n for n, m in layer.named_modules() if isinstance(m, nn.ModuleList) and any(
+            f"{names.get(id(e))}.{k}" in out.splits for e in m for k, _ in e.named_children())]
+        out.problems += [f"{names.get(id(layer), 'a layer')}.{n}: sequence_parallel=True needs experts stacked in one module (transformers "
+                         "5), got one module each; leave sequence_parallel out" for n in apart]
     if len(out.problems) > before:
         return
     for layer in layers:
@@ -240,7 +244,7 @@ def _over_tokens(out: Plan, name: str, m: Any, how: Split, region: Region, silen
     elif how.style == "tail":
         del out.splits[name]                                          # whole, its gradient a part: summed with the others
     elif how.style == "heads" and how.make is None:
-        how.wraps, how.attributes = (Gathering,), how.attributes | {"_interlace_region": region}
+        how.wraps, how.attributes = (*how.wraps, Gathering), how.attributes | {"_interlace_region": region}
     elif how.style == "experts":
         spread: Spread = how.attributes["_interlace_spread"]
         how.attributes = how.attributes | {"_interlace_spread": replace(spread, tp=Axis("tp"))}

@@ -60,13 +60,35 @@ class Plan:
     partial: list[nn.Parameter] = field(default_factory=list)         # whole, but each rank's gradient is of its own heads or tokens
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    proofs: dict[Any, tuple[dict | None, str]] = field(default_factory=dict)   # of attention blocks, one for all alike
     stages: Any = None                                                # of a pipeline: pipeline.py
 
     def add(self, name: str, module: nn.Module, style: str, tp: Axis, **how: Any) -> None:
         self.put(name, module, style, TRANSPOSED[style] if transposed(module) else STYLES[style][1], tp, **how)
 
     def put(self, name: str, module: nn.Module, style: str, layer: Any, tp: Axis, **how: Any) -> None:
-        self.splits[name] = module, Split(style, layer, partial(layer.from_torch, tp=tp, **how))
+        wraps = (Writable,) if style == "row" and getattr(module, "bias", None) is None else ()
+        self.splits[name] = module, Split(style, layer, partial(layer.from_torch, tp=tp, **how), wraps=wraps)
+
+
+class Writable:
+    """Stands before a row layer without a bias, whose output may be written to like nn.Linear's: `out = mlp(x); out += attention(x)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)                                # type: ignore[misc]
+        return y if torch.compiler.is_compiling() or not y.requires_grad else _Own.apply(y)
+
+
+class _Own(torch.autograd.Function):
+    """y -> y, no view of what another Function made: autograd refuses to write to one. The storage is the same."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.data
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
 
 
 def transposed(m: Any) -> bool:

@@ -5,7 +5,11 @@
       (or dense, or out_proj)
     qkv_proj = [q | k | v], o_proj          each of the three                               o_proj
     c_attn = [q | k | v] (Conv1D), c_proj   each of the three                               c_proj
+    query_key_value, dense                  each of the three, or (as c_attn may be) q, k   dense
+                                            and v of a head side by side: whichever adds up
     q_proj or q_b_proj, kv_b_proj, o_proj   q, kv_b (latent attention)                      o_proj    q_a, kv_a and their norms
+
+A rank's heads, run apart on a probe, must add up to the whole: heads.py.
 
 A norm over all query or key heads is split with them and sums its squares over tp; a parameter with one number a head (sinks) is cut.
 """
@@ -13,8 +17,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,14 +29,16 @@ from ..parallel.foreign import SharedTail, SplitRMSNorm
 from ..parallel.mesh import Axis
 from ..parallel.sharding import Piece, split
 from .fused import Change, RMSNorm, _close, as_probe, gated_probe, recognise
+from .heads import LocalConfig, OwnHeads, adds_up, is_linear
 from .split import Plan, Split, transposed
 
 __all__ = ["ATTENTION", "FORWARD", "split_attention", "split_mlp", "split_vocabulary", "table_options"]
 
 WHOLE = ": whole on every rank"
-PLAIN = (("c_fc", "c_proj"), ("up_proj", "down_proj"), ("fc1", "fc2"))   # feed-forward layers without a gate
-ATTENTION = {"q_proj", "q_b_proj", "qkv_proj", "c_attn"}              # children that tell an attention block
-FORWARD = {"down_proj", "c_fc", "fc2"}                                # and a feed-forward one
+PLAIN = (("c_fc", "c_proj"), ("up_proj", "down_proj"), ("fc1", "fc2"), ("dense_h_to_4h", "dense_4h_to_h"), ("fc_in", "fc_out"))   # no gate
+FUSED = (("qkv_proj", "o_proj"), ("c_attn", "c_proj"), ("query_key_value", "dense"))
+ATTENTION = {"q_proj", "q_b_proj", *(n for n, _ in FUSED)}            # children that tell an attention block
+FORWARD = {"down_proj", "c_fc", "fc2", "dense_4h_to_h", "fc_out"}     # and a feed-forward one
 
 
 @dataclass
@@ -44,22 +51,8 @@ class Heads:
     width: int
     tail: dict[str, int] = field(default_factory=dict)                # child -> its last outputs, which all heads read
     whole: tuple[str, ...] = ()                                       # children before the heads
-
-
-class LocalConfig:
-    """A model's config as one attention block sees it: with its rank's numbers of heads, all else as it stands there."""
-
-    def __init__(self, config: Any, **own: int):
-        vars(self).update(_config=config, _own=own)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):                                     # what copy and pickle ask of an empty instance
-            raise AttributeError(name)
-        own = vars(self)["_own"]
-        return own[name] if name in own else getattr(vars(self)["_config"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._config, name, value)
+    grouped: bool = False                                             # q, k and v of a head side by side: no key / value head twice
+    widths: bool = False                                              # its forward reads the width of all heads: a rank's there too
 
 
 def split_attention(out: Plan, name: str, m: Any, children: dict[str, Any], tp: Axis) -> str:
@@ -69,18 +62,21 @@ def split_attention(out: Plan, name: str, m: Any, children: dict[str, Any], tp: 
         return "its projections are none of those known" + WHOLE
     if isinstance(found, str):
         return found + WHOLE
-    heads, kv = found.heads, found.kv
     norms, why = _norms(m, children, found)
     if why:
         return why + WHOLE
-    of_heads = {heads, kv, found.width}                               # GPT-2 before transformers 5 has a mask among its buffers
-    if any(of_heads & set(b.shape) for b in m.buffers(recurse=False)) or any(p.shape != (heads,) for p in m.parameters(recurse=False)):
-        return "it has parameters or buffers of its own that are not one number a head" + WHOLE
+    heads, kv = found.heads, found.kv
+    if any(p.shape != (heads,) for p in m.parameters(recurse=False)):
+        return "it has parameters of its own that are not one number a head" + WHOLE
     legal = [t for t in range(1, heads + 1) if heads % t == 0 and (kv % t == 0 or t % kv == 0)]
     if tp.size not in legal:
         out.problems.append(f"{name}: {heads} heads over {kv} key / value heads cannot be split over tp={tp.size}, got one that does not "
                             f"divide; use tp in {legal}")
         return ""
+    proven, why = _proven(out, m, children, found, [n for n, (_, change) in norms.items() if change is not None], tp)
+    if proven is None:
+        return why + WHOLE
+    found = proven
     for n, parts in found.columns.items():
         out.add(f"{name}.{n}", children[n], "column", tp, parts=parts)
     out.add(f"{name}.{found.row}", children[found.row], "row", tp)
@@ -92,14 +88,39 @@ def split_attention(out: Plan, name: str, m: Any, children: dict[str, Any], tp: 
         else:
             out.put(f"{name}.{n}", children[n], "heads", SplitRMSNorm, tp, heads=number, eps=change.eps, offset=change.offset)
     own: dict[str, tuple[Piece, ...]] = {n: (split("", tuple(p.shape), 0, tp),) for n, p in m.named_parameters(recurse=False)}
-    out.splits[name] = m, Split("heads", attributes=_local_numbers(m, found, tp), pieces=own)
-    if getattr(m, "attention_dropout", 0) or getattr(getattr(m, "attn_dropout", None), "p", 0):
+    attributes, wraps = _local_numbers(m, found, tp), ()
+    if "alibi" in inspect.signature(type(m).forward).parameters:
+        attributes["_interlace_heads"], wraps = (heads, tp.rank * heads // tp.size, heads // tp.size), (OwnHeads,)
+    out.splits[name] = m, Split("heads", attributes=attributes, pieces=own, wraps=wraps)
+    if any(getattr(d, "p", d) for d in (getattr(m, n, 0) for n in ("attention_dropout", "attn_dropout"))):
         out.notes.append(f"{name}: its dropout in training draws other masks than on one rank")
     return ""
 
 
+def _proven(out: Plan, m: Any, children: dict[str, Any], found: Heads, norms: Collection[str], tp: Axis) -> tuple[Heads | None, str]:
+    """`found` as its parts add up on a probe, or why not. Where none runs (a flash kernel, say), four plain projections are believed."""
+    one, fused = next(iter(found.columns)), len(found.columns) == 1
+    grouped: dict[str, dict[str, tuple[int, int]]] = {one: {"": (sum(f for f, _ in found.columns[one].values()), found.kv)}}
+    ways = [{}, {"columns": grouped, "grouped": True}] if fused and found.kv % tp.size == 0 else [{}]
+    key = type(m), tp.size, found.heads, found.kv, found.width, *(v for v in vars(m).values() if isinstance(v, bool))
+    if key not in out.proofs:
+        ways = [way | {"widths": widths} for widths in (False, True) for way in ways]
+        told = []
+        for way in ways:
+            part = replace(found, **way)  # type: ignore[arg-type]
+            told.append(adds_up(m, children, part, tp.size, partial(_local_numbers, m, part), norms))
+            if told[-1]:
+                out.proofs[key] = way, ""
+                return part, ""
+        unknown = told[0] is None and one != "query_key_value"
+        out.proofs[key] = ({}, "") if unknown else (None, "its heads, run apart on a probe, do not add up to the whole"
+                                                    if False in told else "its forward does not run on a probe")
+    way, why = out.proofs[key]
+    return (None if way is None else replace(found, **way)), why  # type: ignore[arg-type]
+
+
 def _linear(*layers: Any) -> bool:
-    return all(type(c) is nn.Linear for c in layers)
+    return all(is_linear(c) for c in layers)
 
 
 def _four(m: Any, children: dict[str, Any]) -> Heads | str | None:
@@ -121,12 +142,12 @@ def _four(m: Any, children: dict[str, Any]) -> Heads | str | None:
 
 def _fused(m: Any, children: dict[str, Any]) -> Heads | str | None:
     """[q | k | v] in one layer."""
-    column, row = next(((c, r) for c, r in (("qkv_proj", "o_proj"), ("c_attn", "c_proj")) if {c, r} <= set(children)), ("", ""))
+    column, row = next(((c, r) for c, r in FUSED if {c, r} <= set(children)), ("", ""))
     if not column:
         return None
     if "q_attn" in children:
         return "it attends to another sequence"
-    one, o, dh = children[column], children[row], getattr(m, "head_dim", 0)
+    one, o, dh = children[column], children[row], getattr(m, "head_dim", getattr(m, "head_size", 0))
     if _linear(one, o):
         width, total = o.in_features, one.out_features
     elif transposed(one) and transposed(o):
@@ -189,7 +210,13 @@ def _local_numbers(m: Any, found: Heads, tp: Axis) -> dict[str, Any]:
     """The attributes of an attention block that count heads, and those its forward reads of the config."""
     mine, kv = found.heads // tp.size, max(1, found.kv // tp.size)
     numbers = {"num_key_value_groups": mine // kv, "num_heads": mine, "num_attention_heads": mine, "num_key_value_heads": kv,
-               "split_size": found.width // tp.size}
+               "num_kv_heads": kv, "split_size": found.width // tp.size}
+    if found.widths:
+        widths = dict.fromkeys(("hidden_size", "embed_dim", "inner_dim", "all_head_size"), found.width)
+        dh = found.width // found.heads
+        widths |= {"kv_heads": found.kv, "kv_dim": found.kv * dh}
+        here = {"kv_heads": kv, "kv_dim": kv * dh}
+        numbers |= {a: here.get(a, n // tp.size) for a, n in widths.items() if vars(m).get(a) == n}
     new: dict[str, Any] = {a: n for a, n in numbers.items() if a in vars(m)}
     code = getattr(inspect.unwrap(type(m).forward), "__code__", None)
     counts = {a: numbers[a] for a in ("num_attention_heads", "num_key_value_heads") if code is not None and a in code.co_names}
@@ -240,17 +267,20 @@ def _plain_mlp(out: Plan, name: str, m: Any, pair: tuple[str, str], tp: Axis) ->
     if act is None or {id(p) for p in m.parameters()} != {id(p) for p in (*first.parameters(), *last.parameters())}:
         return "its activation is not known, or it has other parameters" + WHOLE
     rows = int(transposed(first))                                     # the dim of the output features
-    probe, one, two = m, first, last
+    probe, one, two = copy.copy(m), first, last
+    probe.__dict__["training"] = False
     if first.weight.is_meta:
-        probe, one, two = copy.copy(m), as_probe(first), as_probe(last)
-        probe.__dict__["_modules"] = {**m._modules, "c_fc": one, "c_proj": two}
+        one, two = as_probe(first), as_probe(last)
+        probe.__dict__["_modules"] = {**m._modules, pair[0]: one, pair[1]: two}
     x = torch.randn(2, 3, first.weight.shape[1 - rows], generator=torch.Generator().manual_seed(3)).to(one.weight)
+    names = inspect.signature(type(m).forward).parameters             # a residual may be added at the end
     dropouts = [d for d in m.modules() if isinstance(d, nn.Dropout) and d.training]
     with torch.no_grad():
         for d in dropouts:
             d.training = False
         try:
-            same = torch.allclose(type(m).forward(probe, x), two(act(one(x))), rtol=1e-2, atol=1e-3) and _elementwise(act, one(x))
+            rest = {"residual": torch.zeros(2, 3, *two(act(one(x))).shape[2:]).to(x)} if "residual" in names else {}
+            same = torch.allclose(type(m).forward(probe, x, **rest), two(act(one(x))), rtol=1e-2, atol=1e-3) and _elementwise(act, one(x))
         except Exception:
             same = False
         for d in dropouts:
@@ -267,7 +297,7 @@ def _plain_mlp(out: Plan, name: str, m: Any, pair: tuple[str, str], tp: Axis) ->
 
 
 def _activation(m: Any) -> Callable | None:
-    return next((a for n in ("act_fn", "activation_fn", "act", "activation") if callable(a := getattr(m, n, None))), None)
+    return next((a for n in ("act_fn", "activation_fn", "act", "activation", "gelu_impl") if callable(a := getattr(m, n, None))), None)
 
 
 def _elementwise(act: Callable, x: torch.Tensor) -> bool:

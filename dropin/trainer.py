@@ -1,8 +1,9 @@
 """transformers' Trainer for a model that is split over tp: one batch for all its ranks, one norm of the whole gradient, saved whole.
 
     interlace.replace_(model, mesh)
-    interlace.hf.Trainer(model=model, args=TrainingArguments(..., save_only_model=True), train_dataset=...).train()
+    interlace.hf.Trainer(model=model, args=TrainingArguments(...), train_dataset=...).train(resume_from_checkpoint=True)
 
+A checkpoint is what the plain Trainer writes of the whole model, weights and optimizer: any tp, and stock transformers, go on from it.
 The plain Trainer would wrap the parts of a model in DistributedDataParallel, as if they were copies, and clip each by its own norm: it is
 refused (`RefusesTrainer`). A model that is not split needs nothing of this. Every rank runs the same script with the same seed.
 """
@@ -19,9 +20,11 @@ from ..kernels.comm import all_gather
 from ..parallel.errors import UserError, raise_problems
 from ..parallel.mesh import Axis, Mesh
 from ..parallel.sharding import grad_norm
-from .save import together, unhidden, whole_state_dict
+from .save import parts_of_state, together, unhidden, whole_optimizer_state, whole_state_dict
 
 __all__ = ["trainer_class"]
+
+BY_ELEMENT = ("adagrad", "adamw_torch", "adamw_torch_fused", "rmsprop", "sgd")   # optimizers that step a part as they step the whole
 
 
 def _axis(model: nn.Module | None) -> Axis | None:
@@ -42,7 +45,7 @@ def trainer_class() -> type:
             if (tp := _axis(model)) is None:
                 super().__init__(model, args, **kwargs)
                 return
-            _check(args, tp)
+            _check(args, tp, kwargs.get("optimizers", (None,))[0])
             with unhidden(model):
                 super().__init__(model, args, **kwargs)
 
@@ -69,18 +72,45 @@ def trainer_class() -> type:
             with together(model), unhidden(model):
                 if tp.rank == 0 and self.args.should_save:
                     self._save(output_dir or self.args.output_dir, state_dict=whole)
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            if (tp := _axis(self.model)) is None:
+                super()._save_optimizer_and_scheduler(output_dir)
+                return
+            optimizer: Any = self.optimizer
+            whole = whole_optimizer_state(self.model, optimizer)
+            optimizer.state_dict = lambda: whole                      # what the plain Trainer writes, on the first rank
+            try:
+                with together(self.model):
+                    if tp.rank == 0:
+                        super()._save_optimizer_and_scheduler(output_dir)
+            finally:
+                del optimizer.state_dict
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if _axis(self.model) is None:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            optimizer: Any = self.optimizer
+            hook = getattr(optimizer, "optimizer", optimizer).register_load_state_dict_pre_hook(parts_of_state)
+            try:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            finally:
+                hook.remove()
     return Trainer
 
 
-def _check(args: Any, tp: Axis) -> None:
+def _check(args: Any, tp: Axis, own: Any) -> None:
     problems = []
     if dist.get_world_size() != tp.size:
         problems.append(f"tp must cover the world, got tp={tp.size} of {dist.get_world_size()} ranks: Trainer would not sum gradients over "
                         "the others; use your own loop, or wrap with interlace.DistributedDataParallel")
-    words = {word: getattr(args, word, None) for word in ("save_strategy", "save_only_model", "deepspeed", "fsdp")}
-    if getattr(words["save_strategy"], "value", "no") != "no" and not words["save_only_model"]:
-        problems.append("save_only_model must be set, since an optimizer's state is this rank's part, got False; or use save_strategy='no'")
-    problems += [f"{word} must be unset, got {words[word]}; leave it out" for word in ("deepspeed", "fsdp") if words[word]]
+    optim = getattr(getattr(args, "optim", None), "value", "adamw_torch")
+    if own is None and optim not in BY_ELEMENT:
+        problems.append(f"optim must step every number by itself, since a rank holds parts, got {optim!r}; use one of "
+                        f"{', '.join(BY_ELEMENT)}, or pass optimizers= of your own")
+    words = {word: getattr(args, word, None) for word in ("deepspeed", "fsdp")}
+    problems += [f"{word} must be unset, got {value}; leave it out" for word, value in words.items() if value]
     raise_problems("hf.Trainer", problems)
 
 

@@ -5,7 +5,7 @@ _NAMES = {                                                            # public n
     **dict.fromkeys(("Config", "ModelConfig", "load_config"), "models.config"),
     "GPT": "models.gpt",
     **dict.fromkeys(("replace_", "restore_", "use", "verify"), "dropin.replace"),
-    "load_pretrained_": "dropin.load", "whole_state_dict": "dropin.save",
+    "load_pretrained_": "dropin.load", "pipeline_step": "dropin.scheduled", "whole_state_dict": "dropin.save",
     **dict.fromkeys(("RunError", "UserError"), "parallel.errors"),
     **dict.fromkeys(("Axis", "ColumnParallelLinear", "DistributedDataParallel", "Layout", "Mesh", "RowParallelLinear",
                      "VocabParallelEmbedding", "vocab_parallel_cross_entropy"), "parallel"),

@@ -3,7 +3,10 @@ import copy
 import importlib
 
 import torch
+import transformers
 from torch.overrides import TorchFunctionMode
+
+STACKED = hasattr(transformers.PreTrainedModel, "set_experts_implementation")   # since transformers 5: before, experts are modules each
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "vocab_size": 61, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": None}
@@ -38,7 +41,7 @@ def make(name, dtype=torch.float64, **more):
     torch.manual_seed(0)
     head = "GPT2LMHeadModel" if name == "gpt2" else f"{prefix}ForCausalLM"
     model = getattr(modeling, head)(getattr(config, f"{prefix}Config")(**small | more)).eval()
-    if "expert" in "".join(small) and hasattr(model, "set_experts_implementation"):   # since transformers 5
+    if "expert" in "".join(small) and STACKED:
         model.set_experts_implementation("eager")                     # stock's default knows no float64
     with torch.no_grad():
         for p in model.parameters():

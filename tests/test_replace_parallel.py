@@ -13,10 +13,11 @@ from interlace.parallel.mesh import Mesh
 from interlace.parallel.sharding import grad_norm, gradient_axis
 
 pytest.importorskip("transformers")
-from hf import MODELS, SMALL, KeepFloat64, close, make, sample, step
+from hf import MODELS, SMALL, STACKED, KeepFloat64, close, make, sample, step
 from hf import MOE as MIXTURE
 
 MOE = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
+needs_stacks = pytest.mark.skipif(not STACKED, reason="experts are stacked in one module since transformers 5")
 
 @kept
 def mesh(world, tp, ep=1):
@@ -39,7 +40,7 @@ def whole_gradients(model, m):
     return out
 
 
-def _equal(rank, world, tp, ep, sp, name, more):
+def _equal(rank, world, tp, ep, sp, name, more, skip=()):
     m, length = mesh(world, tp, ep), 9                                # 18 tokens: no multiple of 4
     model = make(name, **more)
     bits, classes = {n: v.clone() for n, v in model.state_dict().items()}, [type(x) for x in model.modules()]
@@ -48,17 +49,17 @@ def _equal(rank, world, tp, ep, sp, name, more):
     want |= {n: each[m.dp.rank][n] for n in ("logits", "loss")}
     want |= {n: torch.zeros_like(p) for n, p in model.named_parameters() if n not in want}   # an expert without a token
     model.zero_grad()
-    report = interlace.replace_(model, m, sequence_parallel=sp)
+    report = interlace.replace_(model, m, sequence_parallel=sp, skip=skip)
     whole = [r.name for r in report.left if "whole on every rank" in r.why and not r.name.endswith(("embed_tokens", "lm_head"))]
-    assert not whole, report
-    if name in MOE and (tp > 1 or ep > 1):
+    assert not whole or (name == "gpt_oss" and not STACKED), report   # whose experts were called in another way
+    if name in MOE and (tp > 1 or ep > 1) and STACKED:
         assert sum(r.sharding == "experts" for r in report.replaced) >= 1, report
         count = {"deepseek_v3": 8}.get(name, 4)
         stacks = [x.down_proj for x in model.modules() if isinstance(getattr(x, "down_proj", None), torch.nn.Parameter)]
         assert stacks and all(len(p) == count // (ep if ep > 1 else tp) for p in stacks)
     got = step(model, batch_of(m.dp.rank, length))
     close({"logits": got["logits"], "loss": got["loss"]} | whole_gradients(model, m), want)
-    again = interlace.replace_(model, m, sequence_parallel=sp)
+    again = interlace.replace_(model, m, sequence_parallel=sp, skip=skip)
     assert not again.replaced and {r.name for r in again.left if "whole on every rank" in r.why} <= {r.name for r in report.left}, again
     interlace.restore_(model)
     assert [type(x) for x in model.modules()] == classes and all(torch.equal(v, bits[n]) for n, v in model.state_dict().items())
@@ -78,7 +79,11 @@ def label(case):
     return f"{name}-tp{tp}-ep{ep}-dp{world // tp}{'-sp' if sp else ''}"
 
 
-@pytest.mark.parametrize("name, world, tp, ep, sp", HANDFUL, ids=map(label, HANDFUL))
+def cases(listed):
+    return [pytest.param(*case, id=label(case), marks=[needs_stacks] if case[3] > 1 else []) for case in listed]
+
+
+@pytest.mark.parametrize("name, world, tp, ep, sp", cases(HANDFUL))
 def test_equals_stock(name, world, tp, ep, sp):
     run(world, _equal, world, tp, ep, sp, name, {})
 
@@ -89,12 +94,14 @@ SWEEP += [(name, 4, 2, ep, sp) for name in MOE for ep in (2, 4) for sp in (False
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, world, tp, ep, sp", SWEEP, ids=map(label, SWEEP))
+@pytest.mark.parametrize("name, world, tp, ep, sp", cases(SWEEP))
 def test_sweep_equals_stock(name, world, tp, ep, sp):
     run(world, _equal, world, tp, ep, sp, name, {})
 
 
 # Nobody named these anywhere: found by structure alone.
+OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+FALCON = SMALL | {"ffn_hidden_size": 48, "eos_token_id": 2}
 OTHERS = {                                                            # folder -> (class prefix, config)
     "arcee": ("Arcee", SMALL), "cohere2": ("Cohere2", SMALL | {"sliding_window": 4}), "gemma": ("Gemma", SMALL | {"head_dim": 16}),
     "deepseek_v2": ("DeepseekV2", MODELS["deepseek_v3"][2] | {"topk_method": "greedy"}), "glm4": ("Glm4", SMALL | {"head_dim": 8}),
@@ -103,15 +110,24 @@ OTHERS = {                                                            # folder -
     "olmo": ("Olmo", SMALL), "olmo2": ("Olmo2", SMALL), "phi": ("Phi", SMALL),
     "qwen2_moe": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 24}), "seed_oss": ("SeedOss", SMALL | {"head_dim": 8}),
     "smollm3": ("SmolLM3", SMALL), "stablelm": ("StableLm", SMALL), "starcoder2": ("Starcoder2", SMALL),
+    # q, k and v in one layer, side by side head by head, or in groups, or [q | k | v]; alibi; attention and MLP side by side
+    "gpt_neox": ("GPTNeoX", SMALL), "gptj": ("GPTJ", OLD | {"n_inner": 48, "rotary_dim": 4}),
+    "falcon": ("Falcon", FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon-7b": ("Falcon", FALCON | {"multi_query": True, "new_decoder_architecture": False}),
+    "falcon-rw": ("Falcon", FALCON | {"multi_query": False, "new_decoder_architecture": False, "alibi": True, "parallel_attn": False}),
+    "bloom": ("Bloom", OLD | {"hidden_size": 32, "n_layer": 2}), "gpt_bigcode": ("GPTBigCode", OLD | {"n_inner": 48}),
+    "gpt_bigcode-mha": ("GPTBigCode", OLD | {"n_inner": 48, "multi_query": False}),
 }
 
 
 def _other(rank, name, sp):
-    MODELS.setdefault(name, (name, *OTHERS[name]))
-    _equal(rank, 2, 2, 1, sp, name, {})
+    MODELS.setdefault(name, (name.split("-")[0], *OTHERS[name]))
+    _equal(rank, 2, 2, 1, sp, name, {}, skip=["*.gelu_impl"] if name == "bloom" else [])   # whose constant has 8 digits
 
 
-@pytest.mark.parametrize("name, sp", [("phi", False), ("starcoder2", True), ("qwen2_moe", True), ("olmo", True)])
+@pytest.mark.parametrize("name, sp", [("phi", False), ("starcoder2", True), pytest.param("qwen2_moe", True, marks=needs_stacks),
+                                      ("olmo", True), ("gpt_neox", True), ("gptj", False), ("falcon", True), ("falcon-7b", False),
+                                      ("bloom", True), ("gpt_bigcode-mha", False)])
 def test_others_equal_stock(name, sp):
     run(2, _other, name, sp)
 
@@ -121,6 +137,30 @@ def test_others_equal_stock(name, sp):
 @pytest.mark.parametrize("name", OTHERS)
 def test_all_others_equal_stock(name, sp):
     run(2, _other, name, sp)
+
+
+class Mixing(torch.nn.Module):
+    """Children and sizes of an attention block; its heads see each other, or their number is written down."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.head_dim = how, 4
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (torch.nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, hidden_states, attention_mask=None):
+        q, k, v = (c(hidden_states).unflatten(-1, (4 if self.how == "fixed" else -1, 4)).transpose(1, 2)
+                   for c in (self.q_proj, self.k_proj, self.v_proj))
+        score = (q @ k.transpose(-1, -2)).softmax(-1)
+        if self.how == "mixed":
+            score = score.softmax(1)
+        return self.o_proj((score @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("how", ["", "mixed", "fixed"])
+def test_heads_that_do_not_add_up_stay_whole(how):
+    report = interlace.replace_(torch.nn.Sequential(Mixing(how)), faked(tp=2), dry_run=True)
+    assert ("do not add up to the whole: whole on every rank" in str(report)) == bool(how), report
+    assert any(r.sharding == "heads" for r in report.replaced) == (not how)
 
 
 # ---- training, verify, generate, checkpointing ---------------------------------------------------------------------

@@ -86,6 +86,82 @@ def test_training():
     run(2, _train)
 
 
+# ---- one forward, one backward -----------------------------------------------------------------------------------
+
+
+def _scheduled(rank, world, tp, pp, ep, sp, name, many, schedule, more):
+    """Twice, so that gradients add up; labels to leave out, unlike in number; how many micro-batches are alive at once."""
+    from interlace.dropin import scheduled
+    m, model, data, alive, most = mesh(world, tp, pp, ep), make(name, **more), sample(4), [0], [0]
+    data["labels"] = data["labels"].masked_fill(torch.arange(9) > torch.tensor([[8], [2], [5], [8]]), -100)
+    want = step(model, data)
+    model.zero_grad()
+    interlace.replace_(model, m, sequence_parallel=sp)
+    forward = scheduled._Stage.forward
+
+    def counted(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        alive[0] += 1
+        most[0] = max(most[0], alive[0])
+        out.register_hook(lambda g: alive.__setitem__(0, alive[0] - 1))
+        return out
+    scheduled._Stage.forward = counted
+    try:
+        with KeepFloat64():
+            losses = [interlace.pipeline_step(model, data, microbatches=many, schedule=schedule) for _ in range(2)]
+    finally:
+        scheduled._Stage.forward = forward
+    assert most[0] == (many if schedule == "gpipe" else min(many, pp - m.pp.rank)), most
+    for loss in losses:
+        torch.testing.assert_close(loss, want["loss"], rtol=1e-12, atol=0)
+    close({"loss": loss} | gathered(model, m), {n: v if n == "loss" else 2 * v for n, v in want.items() if n != "logits"})
+    again = step(model, data)                                         # the model's own call, when it is whole again
+    torch.testing.assert_close(again["loss"], want["loss"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("world, tp, pp, ep, sp, name, many, schedule, more", [
+    (2, 1, 2, 1, False, "qwen2", 4, "1f1b", {"num_hidden_layers": 3}), (2, 1, 2, 1, False, "gpt2", 2, "gpipe", {}),
+    (4, 1, 4, 1, False, "gpt_oss", 4, "1f1b", {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    (4, 2, 2, 2, False, "mixtral", 4, "1f1b", {}), (4, 2, 2, 1, True, "llama", 2, "1f1b", {})])
+def test_1f1b_equals_stock(world, tp, pp, ep, sp, name, many, schedule, more):
+    run(world, _scheduled, world, tp, pp, ep, sp, name, many, schedule, more)
+
+
+def _scheduled_refusals(rank):
+    m, model = mesh(2, 1, 2), make("llama")
+    with pytest.raises(ValueError, match="must be cut into stages, got LlamaForCausalLM without; call replace_"):
+        interlace.pipeline_step(model, sample(4))
+    interlace.replace_(model, m)
+    with pytest.raises(ValueError, match=r"must divide the 4 samples of the batch, got 3; use one of \[1, 2, 4\]"):
+        interlace.pipeline_step(model, sample(4), microbatches=3)
+    with pytest.raises(ValueError, match="schedule must be one of 1f1b, gpipe, got 'zbv'"):
+        interlace.pipeline_step(model, sample(4), schedule="zbv")
+    with pytest.raises(ValueError, match="batch must have 'labels', got 'input_ids'"):
+        interlace.pipeline_step(model, {"input_ids": sample(4)["input_ids"]})
+
+
+def test_1f1b_refusals():
+    run(2, _scheduled_refusals)
+
+
+def _generate(rank):
+    """Refused with a cache, and what the message says works."""
+    model, ids = make("llama", torch.float32), sample(2, 5)["input_ids"]
+    words = lambda **more: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,  # noqa: E731
+                                          pad_token_id=0, **more)
+    want = words()
+    interlace.replace_(model, mesh(2, 1, 2))
+    with pytest.raises(ValueError, match=r"use_cache must be False.*use_cache=False, to generate\(\) too.*or call restore_ first"):
+        words()
+    assert torch.equal(words(use_cache=False), want)
+    interlace.restore_(model)
+    assert torch.equal(words(), want)
+
+
+def test_generate_over_stages():
+    run(2, _generate)
+
+
 def _verify(rank):
     """With a planted fault: the gradient that does not reach the stage before."""
     from interlace.dropin.pipeline import _Receive
@@ -120,6 +196,22 @@ def _data_parallel(rank):
             want, held = (each[0][n] + each[1][n]) / 2, held + 1
             assert (p.main_grad - want).abs().max() <= 1e-10 * max(1e-2, want.abs().max()), n
     assert held == 3 + 9                                              # embedding, norm, head, and one layer
+    ddp.zero_grad()
+    for half in range(2):                                             # the same by 1F1B, in two steps of a half each
+        data = {k: v[2 * half:2 * half + 2] if torch.is_tensor(v) else v for k, v in sample(4).items()}
+        with KeepFloat64():
+            interlace.pipeline_step(ddp, data | {"labels": (data["labels"] + m.dp.rank) % 61}, microbatches=2)
+    ddp.finish()
+    stock.zero_grad()
+    each = []
+    for d in range(2):
+        for half in range(2):
+            data = {k: v[2 * half:2 * half + 2] if torch.is_tensor(v) else v for k, v in sample(4).items()}
+            each.append(step(stock, data | {"labels": (data["labels"] + d) % 61}))
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            want = sum(e[n] for e in each) / 2
+            assert (p.main_grad - want).abs().max() <= 1e-10 * max(1e-2, want.abs().max()), n
 
 
 def test_data_parallel_around_stages():
