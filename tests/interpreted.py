@@ -24,7 +24,7 @@ def _is_poll(value):
 def stalls(seed, after_signal=0.0):
     """Within it this process dawdles at random before stores, loads and signals, `after_signal` seconds after each signal, and
     sleeps between polls: ranks outnumber cores. Also the only way to make one rank reliably late."""
-    dice, last = random.Random(seed), [0]
+    dice, polled = random.Random(seed), set()                         # since this process last did anything but poll: flags, the error lock
 
     def pause(odds, seconds):
         if dice.random() < odds:
@@ -39,11 +39,12 @@ def stalls(seed, after_signal=0.0):
     def atomic(original):
         def run(self, op, ptr, value, mask, sem, scope):
             at, poll = int(ptr.data.ravel()[0]), _is_poll(value)
-            if poll and at == last[0]:
-                time.sleep(0.0005)
+            if poll and at in polled:
+                time.sleep(0.00025)
             elif not poll:
                 pause(0.2, 0.01)
-            last[0] = at if poll else 0
+                polled.clear()
+            polled.add(at if poll else 0)
             out = original(self, op, ptr, value, mask, sem, scope)
             if after_signal and "XCHG" in str(op):
                 time.sleep(after_signal)

@@ -195,6 +195,29 @@ def test_without_the_dependence_a_load_overtakes_its_wait():
     assert not COPY.search(ours) and first(ACQUIRE, ours) < first(re.compile(r"wgmma\.mma_async"), ours)
 
 
+# ---- one answer for all threads -------------------------------------------------------------------------------
+
+OWN_LOOK = re.compile(r"\bld\.volatile")
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_no_thread_looks_at_the_lock_for_itself(name):
+    """Another program may set the error lock between the looks of two threads. If they then part ways, at a branch with a barrier in it,
+    the kernel hangs or signals a tile that half of its threads did not store."""
+    assert not OWN_LOOK.search(compiled(name)["ptx"])
+
+
+@triton.jit
+def _own_look(local_ptr, y_ptr):
+    if tl.load(local_ptr + 2, volatile=True) == 0:
+        tl.atomic_xchg(y_ptr, 1, sem="release", scope="sys")
+
+
+def test_a_look_of_every_thread_is_found():
+    ptx = build(_own_look, {"local_ptr": "*i32", "y_ptr": "*i32"}, {})["ptx"]
+    assert OWN_LOOK.search(ptx) and "bar.sync" in ptx[OWN_LOOK.search(ptx).start():], "a branch of each thread's own, over a barrier"
+
+
 # ---- speed ----------------------------------------------------------------------------------------------------
 
 

@@ -38,9 +38,16 @@ def next_epoch(local_ptr):
 
 
 @triton.jit
+def _locked(local_ptr):
+    """The error lock, one answer for all threads of the program: a plain load would be each thread's own, and as another program may set
+    the lock in between, some would take a branch, and meet a barrier in it, that the others do not."""
+    return tl.atomic_add(local_ptr + 2, 0, sem="relaxed", scope="gpu")
+
+
+@triton.jit
 def going(local_ptr):
     """A rank that sent on after a wait ran out would write over what a late one still reads, and send sums that lack a part."""
-    return tl.load(local_ptr + 2, volatile=True) == 0
+    return _locked(local_ptr) == 0
 
 
 @triton.jit
@@ -67,7 +74,10 @@ def wait(peers_ptr, local_ptr, error_ptr, rank, source, word, epoch, limit, OP: 
     polls = 0
     while (got - epoch < 0) & (polls < limit):                        # signed difference: epochs may wrap
         got = tl.atomic_add(flag, 0, sem=ACQUIRE, scope="sys")
-        polls += 1 + tl.load(local_ptr + 2, volatile=True) * limit    # after one wait has failed, the others do not spin it out
+        polls += 1
+        if polls % 256 == 0:  # noqa: SIM102
+            if _locked(local_ptr) != 0:                               # after one wait has failed, the others do not spin it out
+                polls = limit
     if got - epoch < 0:  # noqa: SIM102                               nested: `and` would run the atomic in every wait
         if tl.atomic_cas(local_ptr + 2, 0, 1, sem="relaxed", scope="gpu") == 0:
             tl.store(error_ptr + 1, OP)

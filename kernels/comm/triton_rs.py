@@ -90,7 +90,9 @@ def _take_kernel(y_ptr, res_ptr, weight_ptr, bias_ptr, h_ptr, rstd_ptr, mean_ptr
         ok = epoch == epoch
         for s in range(world):
             ok = ok & wait(peers_ptr, local_ptr, error_ptr, rank, s, flag_word(0, s, block, world, flags), epoch, limit, OP, ACQUIRE)
-        width, go = tl.where(ok, N, 0), going(local_ptr)
+        width = tl.where(ok, N, 0)
+        if PUSH:
+            go = going(local_ptr)
         for row in range(at * ROWS, tl.minimum(at * ROWS + ROWS, total)):
             row64 = tl.full([], row, tl.int64)                        # interpreted, a loop variable is a plain int
             parts = cells(peers_ptr, rank, buffer, DTYPE) + row64 * stride
@@ -180,6 +182,7 @@ def take(pad: Pad, rows: int, N: int, dtype: torch.dtype, gemm: bool, residual: 
     block = min(triton.next_power_of_2(N), 16384 if norm else 4096)
     if block < N and norm:
         raise ValueError(f"{pad.op}: rows must have at most 16384 elements, got {N}; use rs_residual_norm_ref")
+    # num_warps of a plain sum: 4, with 32 elements a thread; of 8 ptxas makes 32 registers and spills
     per = 4 if t.BM % 4 == 0 else t.BM                                # rows a program takes after one look at the flags
     programs = programs_of(pad, count_blocks(rows, pad.world, t.BM) * (t.BM // per))
     to = onward or pad
@@ -196,7 +199,7 @@ def take(pad: Pad, rows: int, N: int, dtype: torch.dtype, gemm: bool, residual: 
         y, y if residual is None else residual, y if weight is None else weight, y if bias is None else bias, h, rstd, mean, pad.peers,
         pad.local, pad.error, to.peers, to.local, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags, to.data, to.nbytes, to.flags,
         rows, N, triton.cdiv(N, t.BN) * t.BN, eps, world=pad.world, OP=OPS.index(pad.op), NORM=norm, PUSH=onward is not None, BM=t.BM,
-        ROWS=per, BLOCK=block, num_warps=row_warps(block), launch_cooperative_grid=pad.share == 1,
+        ROWS=per, BLOCK=block, num_warps=row_warps(block) if norm else 4, launch_cooperative_grid=pad.share == 1,
         **{**_CONTROL, "ACQUIRE": "acquire", **control})
     if INTERPRET:
         pad.check()
