@@ -69,4 +69,5 @@ def ways(case: Case, make: Make) -> Ways:
     known = lambda got: true  # noqa: E731
     return Ways((), lambda: true, Way(truth=known, fresh=ours), {
         "torch eager": Way(truth=known, fresh=theirs), "torch foreach": Way(truth=known, fresh=lambda: theirs(foreach=True)),
-        "torch fused": Way(truth=known, fresh=lambda: theirs(fused=True))}, nbytes=((30 if half else 28) * n, 0), flops=(15 * n, 0))
+        "torch fused": Way(truth=known, fresh=lambda: theirs(fused=True))},
+        nbytes=((30 if half else 28) * n, 0), flops=(15 * n, 0), cold=True)

@@ -21,4 +21,4 @@ def ways(case: Case, make: Make) -> Ways:
     return Ways(tuple(grads), lambda *grads: get_total_norm(grads), lambda *grads: grad_norm(grads), {
         "torch eager": lambda *grads: get_total_norm(grads, foreach=False),
         "torch foreach": lambda *grads: get_total_norm(grads, foreach=True), "torch eager in fp64": stacked},
-        nbytes=(n * make.dtype.itemsize, 0), flops=(2 * n, 0))
+        nbytes=(n * make.dtype.itemsize, 0), flops=(2 * n, 0), cold=True)

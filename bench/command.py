@@ -12,7 +12,8 @@ from .ops import OPS, pick
 
 __all__ = ["main"]
 
-AGAIN = "rows measured so far are kept; run the same command again"
+AGAIN = "rows measured so far are kept; the same command with --resume goes on"
+PREPARING = {True: 0.3, False: 4.0}                                   # seconds a case besides its timing: fp64, and torch.compile
 HERE = Path(__file__).resolve().parent
 
 
@@ -51,15 +52,32 @@ def main(args: argparse.Namespace) -> int:
     from .rows import read_old
     old = read_old(Path(args.against)) if args.against else None
     folder = writable(Path(args.out) if args.out else default_folder(), "bench")
-    run = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    run = _run(args, names, folder)
     _warn_of_load()
     try:
         status = _roofs(args, names, folder, world) or _measure(args, names, folder, world, run)
-    finally:                                                          # Ctrl-C included
+    except KeyboardInterrupt:
+        print(f"\ninterlace: interrupted; {AGAIN}", file=sys.stderr, flush=True)
+        status = 130
+    finally:
         rows = _report(names, folder, run, args)
     ours = [r for r in rows if r["way"].startswith("interlace")]
     bad = any("out of memory" not in r["failed"] if "failed" in r else not r["error"] <= WRONG for r in ours)
     return status or max(int(bad), _compare(rows, old, args.threshold) if old is not None else 0)
+
+
+def _sweep(args: argparse.Namespace) -> str:
+    return str({"cpu": "quick", "cuda": "quick-cuda"}[args.device] if args.quick else args.device)
+
+
+def _run(args: argparse.Namespace, names: list[str], folder: Path) -> str:
+    """The name of this run: a new one, or of the one that --resume goes on with."""
+    from .rows import unfinished
+    from .run import stamped
+    old = unfinished(folder, names, stamped(args.seed, _sweep(args), args.device)) if args.resume else ""
+    if args.resume:
+        _say(f"goes on with run {old}" if old else f"there is nothing to go on with in {folder}; starts anew")
+    return old or f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
 
 
 def ranks_of(args: argparse.Namespace) -> int:
@@ -97,13 +115,44 @@ def _plan(names: list[str], world: int, device: str) -> list[tuple[int, list[str
 
 
 def _measure(args: argparse.Namespace, names: list[str], folder: Path, world: int, run: str) -> int:
-    sweep = {"cpu": "quick", "cuda": "quick-cuda"}[args.device] if args.quick else args.device
+    """One launch for all ops of a world with --quick; else an op at a time, in processes of their own where it has ranks."""
+    from .rows import measured
+    from .run import load
+    sweep = _sweep(args)
     job: dict[str, Any] = {"folder": str(folder), "run": run, "device": args.device, "sweep": sweep,
                            "explain": args.explain, "seed": args.seed, "kept": str(default_folder())}
-    for ranks, of in _plan(names, world, args.device):
-        if status := launch(ranks, "interlace.bench.run:ops", {"names": of, **job}, again=AGAIN):
-            return status
-    return 0
+    plan = _plan(names, world, args.device)
+    if not args.quick:
+        plan = [(ranks, [name]) for ranks, of in plan for name in of]
+    left = [sum(case.key() not in had for name in of for had in [measured(folder, name, run)] for case in load(name).cases(sweep, ranks))
+            for ranks, of in plan]
+    _estimate(sum(left), sum(len(of) for _, of in plan), args.quick)
+    start, whole, worst = time.monotonic(), sum(left), 0
+    for i, (ranks, of) in enumerate(plan):
+        if left[i] and (status := launch(ranks, "interlace.bench.run:ops", {"names": of, **job}, again=AGAIN)):
+            worst = max(worst, status)
+            if status >= 128:                                         # Ctrl-C; after any other end the next op is measured
+                break
+        done, rest = sum(left[:i + 1]), sum(left[i + 1:])
+        if rest and left[i] and not args.quick:
+            _say(f"{of[0]}: {left[i]} cases; {done} of {whole} done, about {_words((time.monotonic() - start) / done * rest)} left")
+    return worst
+
+
+def _say(text: str) -> None:
+    print("\r\x1b[K" * sys.stderr.isatty() + f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def _words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _estimate(cases: int, ops: int, quick: bool) -> None:
+    from .run import BUDGET
+    seconds = cases * (BUDGET[quick] + PREPARING[quick])
+    if seconds > 60:
+        _say(f"{cases} cases of {ops} ops, about {_words(seconds)} on an idle machine; rows are kept as they come, and after Ctrl-C "
+             "the same command with --resume goes on")
 
 
 def _roofs(args: argparse.Namespace, names: list[str], folder: Path, world: int) -> int:

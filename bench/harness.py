@@ -3,16 +3,20 @@
     rows = measure("rms_norm", case, ways, device="cpu", roof=roofs.of(...))
 
 First every way is called twice: its error against fp64 is that of its outputs and gradients, `repeatable` says whether the
-two calls gave the same bits. Then every round times each way once, in rotating order; figures are p20 / p50 / p80 over
-rounds, and the ratio to ours is the median of the ratios within a round, so that a machine that slows down slows all of
-them. With a group a sample starts at a barrier and costs what its slowest rank costs. A row is `noisy` when p80 / p20 is
-over 1.3, when the ratios of the first and the second half of the run, or of its odd and even rounds, differ by over 10%, or
-when they scatter so much that those of a second run may; `loaded` when others kept the cores busy. A way that fails has a row
-that says how, and the others go on. A row without an error against fp64 cannot be made.
+two calls gave the same bits. A torch.compile that takes over a minute is given up, and its row says so. Then every round times
+each way once, in rotating order, from caches in the same state (clocks.py); figures are p20 / p50 / p80 over rounds, and the
+ratio to ours is the median of the ratios within a round, so that a machine that slows down slows all of them. With a group a
+sample starts at a barrier and costs what its slowest rank costs. A row is `noisy` when p80 / p20 is over 1.3, when the ratios
+of the first and the second half of the run, or of its odd and even rounds, differ by over 10%, or when they scatter so much
+that those of a second run may; `loaded` when others kept the cores busy. A way that fails has a row that says how, and the
+others go on. A row without an error against fp64 cannot be made.
 """
 import math
+import signal
 import statistics
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from ..kernels.comm import heap_of
 from .cases import Case, Way, Ways
-from .clocks import Clock, clock
+from .clocks import LONG, Clock, clock
 from .provenance import Neighbours
 
 __all__ = ["BOUNDS", "OUT_OF_MEMORY", "SCHEMA", "Prepared", "error", "failure", "measure", "noisy", "prepare", "run_ranks", "seeds",
@@ -32,13 +36,15 @@ SCHEMA = 2                                                            # of a row
 BOUNDS = ("gemm alone", "communication alone")
 SPREAD, HALVES = 1.3, 0.10
 OUT_OF_MEMORY = "out of memory"
+COMPILE = 60.0                                                        # seconds torch.compile may take over a case
+MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
 Roof = Callable[[Case, int, int, int], tuple[float, str]]             # bytes, FLOPs, link bytes -> (seconds, which binds)
 
 
 def failure(e: BaseException) -> str:
     """Why a way has no figures, in one line."""
     text = " ".join(str(e).split())[:200]
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text or "out of memory" in text.lower():
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(w in text.lower() for w in MEMORY):
         return f"{OUT_OF_MEMORY}: {text or type(e).__name__}"
     return f"{type(e).__name__}: {text}"
 
@@ -55,6 +61,28 @@ def error(got: Any, truth: Any) -> float:
             worst = max(worst, off if math.isfinite(off) else math.inf)
             scale = max(scale, t.abs().max().item())
     return worst / scale if scale else worst
+
+
+class TooLong(BaseException):
+    """No Exception: torch.compile catches those and goes on."""
+
+
+@contextmanager
+def limited(seconds: float | None) -> Iterator[None]:
+    """Raises TooLong in a body that takes longer, again every second until it is heard. None: no limit."""
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TooLong(f"gave up after {seconds:.0f} s")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _tuple(out: Any) -> tuple[Tensor, ...]:
@@ -150,7 +178,11 @@ def _prepare_all(ways: Ways, case: Case, group: dist.ProcessGroup | None) -> tup
             continue
         why, made = "", None
         try:
-            made = prepare(way, ways, case, truth)
+            with limited(COMPILE if name.startswith("torch.compile") else None):
+                made = prepare(way, ways, case, truth)
+        except TooLong as e:
+            why = str(e)
+            torch._dynamo.reset()
         except Exception as e:
             why = failure(e)
         if why := together(why, group):
@@ -167,14 +199,18 @@ def _barrier(group: dist.ProcessGroup | None, device: str) -> Callable[[], Any]:
     return heap.barrier if heap is not None else lambda: dist.barrier(group)
 
 
-def _time(ready: dict[str, Prepared], budget: float, device: str, group: dist.ProcessGroup | None, rounds: tuple[int, int]) -> int:
-    """Fill in the times; returns calls per sample of the first way."""
+def _time(ready: dict[str, Prepared], budget: float, device: str, group: dist.ProcessGroup | None, rounds: tuple[int, int],
+          cold: bool) -> None:
+    """Fill in the times."""
     barrier, names = _barrier(group, device), list(ready)
     with clock(device) as c:
-        inner, one = _calibrate(ready, c, barrier, group)
+        took = _calibrate(ready, c, barrier, group)
+        inner = {name: 1 if cold else c.inner(seconds) for name, seconds in took.items()}
+        one = sum(seconds * (inner[name] + (seconds < LONG)) for name, seconds in took.items())
         n = int(_agree(max(rounds[0], min(rounds[1], budget / max(one, 1e-9))), group, dist.ReduceOp.MIN))
         for i in range(n):
             for name in names[i % len(names):] + names[:i % len(names)]:
+                c.settle(ready[name].run, took[name], cold)
                 barrier()
                 ready[name].times.append(c.sample(ready[name].run, inner[name]))
     if group is not None:                                             # a sample costs what its slowest rank costs
@@ -182,22 +218,18 @@ def _time(ready: dict[str, Prepared], budget: float, device: str, group: dist.Pr
         dist.all_reduce(every, dist.ReduceOp.MAX, group)
         for name, times in zip(names, every.tolist()):
             ready[name].times = times
-    return inner[names[0]]
 
 
-def _calibrate(ready: dict[str, Prepared], c: Clock, barrier: Callable[[], Any],
-               group: dist.ProcessGroup | None) -> tuple[dict[str, int], float]:
-    """Calls per sample of every way, and the seconds of a round."""
-    inner, one = {}, 0.0
+def _calibrate(ready: dict[str, Prepared], c: Clock, barrier: Callable[[], Any], group: dist.ProcessGroup | None) -> dict[str, float]:
+    """Seconds of a call of every way, the same on all ranks."""
+    took = {}
     for name, p in ready.items():
         seconds = math.inf
         for _ in range(3):
             barrier()
             seconds = min(seconds, c.sample(p.run))
-        seconds = _agree(seconds, group)
-        inner[name] = c.inner(seconds)
-        one += seconds * inner[name]
-    return inner, one
+        took[name] = _agree(seconds, group)
+    return took
 
 
 def noisy(times: list[float], ours: list[float]) -> bool:
@@ -221,14 +253,15 @@ def measure(op: str, case: Case, ways: Ways, *, device: str = "cpu", budget: flo
     around = Neighbours()
     ready, failed = _prepare_all(ways, case, group)
     if ready:
-        _time(ready, budget, device, group, rounds)
+        _time(ready, budget, device, group, rounds, ways.cold)
     spent = _agree(around.spent(), group, dist.ReduceOp.SUM)
     cores = _agree(around.cores(spent), group)
     errors = {name: _agree(p.error, group) for name, p in ready.items()}
     same = {name: bool(_agree(p.repeatable, group, dist.ReduceOp.MIN)) for name, p in ready.items()}
     nbytes, flops, link = (ways.cost(c, case.direction) for c in (ways.nbytes, ways.flops, ways.link))
     shared = {"schema": SCHEMA, "op": op, "case": case.key(), "device": device, "seed": seed, "bytes": nbytes, "flops": flops,
-              "link_bytes": link, "path": ways.path, "busy_cores": round(cores, 2), "loaded": cores > Neighbours.LIMIT, **ways.extra}
+              "link_bytes": link, "path": ways.path, "cold": ways.cold,
+              "busy_cores": round(cores, 2), "loaded": cores > Neighbours.LIMIT, **ways.extra}
     limit, binds = roof(case, nbytes, flops, link) if roof is not None else (0.0, "")
     rows = [{**shared, "way": name, "failed": why} for name, why in failed.items()]
     ours = ready["interlace"].times if "interlace" in ready else None
@@ -237,6 +270,7 @@ def measure(op: str, case: Case, ways: Ways, *, device: str = "cpu", budget: flo
         q = statistics.quantiles(p.times, n=10)
         rows.append({
             **shared, "way": name, "p20_us": q[1] * 1e6, "p50_us": p50[name] * 1e6, "p80_us": q[7] * 1e6, "n": len(p.times),
+            "samples_us": [float(f"{t * 1e6:.4g}") for t in p.times],
             "error": errors[name], "repeatable": same[name],
             "roof": binds, "roof_percent": 100 * limit / p50[name] if limit and name not in BOUNDS else None,
             "ratio": statistics.median(t / o for t, o in zip(p.times, ours)) if ours else None,

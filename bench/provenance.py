@@ -18,6 +18,8 @@ from ..kernels.dispatch import tune_malloc
 __all__ = ["Neighbours", "busy", "machine", "provenance"]
 
 PEERS = ("liger-kernel", "transformer-engine", "deepspeed", "megatron-core", "triton-kernels", "quack-kernels", "flash-attn")
+# Rows are written into the tree they are measured from: those alone do not make it another one.
+STATUS = ("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)bench/results")
 SHOWN = ("OMP_", "MKL_", "KMP_", "TRITON_", "NCCL_", "GLOO_", "CUDA_", "TORCH_", "INTERLACE_")
 
 
@@ -84,7 +86,7 @@ def provenance(seed: int = 0) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "nccl": nccl,
                      "triton": _version("triton"), "interlace": _version("interlace"), "numpy": _version("numpy"),
                      **{p: v for p in PEERS if (v := _version(p))}},
-        "commit": commit or None, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "commit": commit or None, "dirty": bool(_git(*STATUS)) if commit else None,
         "clocks": clocks(), "load": round(os.getloadavg()[0], 2), "seed": seed, "threads": torch.get_num_threads(),
         "command": shlex.join(["interlace", *sys.argv[1:]]), "malloc_tuned": tune_malloc(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(SHOWN)},

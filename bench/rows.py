@@ -7,7 +7,7 @@ from ..parallel.errors import RunError, UserError
 from .harness import OUT_OF_MEMORY, SCHEMA
 from .provenance import machine
 
-__all__ = ["agreement", "append", "changes", "key", "read", "read_newest", "read_old"]
+__all__ = ["agreement", "append", "changes", "key", "measured", "read", "read_newest", "read_old", "unfinished"]
 
 Row = dict[str, Any]
 NEEDED = ("op", "way", "case", "machine", "run")
@@ -18,8 +18,10 @@ def append(folder: Path, op: str, rows: list[Row], run: str, stamp: dict[str, An
     lines = [json.dumps({**row, "machine": machine(), "run": run, "provenance": stamp}) + "\n" for row in rows]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{op}.jsonl").open("a") as f:
-            f.write("".join(lines))
+        path = folder / f"{op}.jsonl"
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")   # killed amid a line
+        with path.open("ab", buffering=0) as f:                       # one write: all rows of a case or none
+            f.write(("\n" * torn + "".join(lines)).encode())
     except OSError as e:
         raise RunError(f"bench: --out must be writable during a run, got {e.strerror or e} in {folder}; the rows before are kept. "
                        "Free space, then run the same command again") from e
@@ -46,6 +48,27 @@ def read_newest(folder: Path) -> list[Row]:
     every = [row for path in sorted(folder.glob("*.jsonl")) for row in read(folder, path.stem, "")]
     newest = max((row["run"] for row in every), default="")           # begins with the time it was started at
     return [row for row in every if row["run"] == newest]
+
+
+def unfinished(folder: Path, ops: list[str], stamp: dict[str, Any]) -> str:
+    """The run in `folder` that --resume goes on with: the newest over any of `ops` with this sweep, device and seed; "" where
+    there is none. Raises: UserError where it was measured from other code, whose rows must not stand beside these."""
+    same = ("sweep", "device", "seed")
+    found = [r for op in ops for r in read(folder, op, "") if all(r["provenance"].get(k) == stamp[k] for k in same)]
+    newest = max(found, key=lambda r: r["run"], default=None)
+    if newest is None:
+        return ""
+    was = newest["provenance"]
+    if (was["commit"], was["dirty"], was["versions"]) != (stamp["commit"], stamp["dirty"], stamp["versions"]):
+        here, there = (f"commit {p['commit']}{' (dirty)' * bool(p['dirty'])}, torch {p['versions'].get('torch')}" for p in (stamp, was))
+        raise UserError(f"bench: --resume must go on with the same code and versions, got a run of {there} where this is {here}; "
+                        "leave --resume out")
+    return str(newest["run"])
+
+
+def measured(folder: Path, op: str, run: str) -> list[dict[str, Any]]:
+    """The cases of an op that a run has rows of: rows of a case are written at once."""
+    return [r["case"] for r in read(folder, op, run)]
 
 
 def key(row: Row) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """One process of a bench: builds every case, measures it, writes its rows. `command.py` starts these."""
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from . import roofs
 from .cases import Case, Make, Ways
 from .harness import OUT_OF_MEMORY, SCHEMA, failure, measure, together
 from .provenance import provenance
-from .rows import append
+from .rows import append, measured
 
-__all__ = ["build", "load", "measure_roofs", "ops"]
+__all__ = ["build", "free_memory", "load", "measure_roofs", "ops", "stamped"]
+
+BUDGET = {True: 0.35, False: 2.0}                                     # seconds of timing a case; with --quick, without
 
 
 def load(op: str) -> Any:
@@ -26,21 +29,63 @@ def build(op: str, case: Case, device: str, group: dist.ProcessGroup | None, see
     return load(op).ways(case, Make(case, device, seed, group, quick))
 
 
+def stamped(seed: int, sweep: str, device: str) -> dict[str, Any]:
+    return {**provenance(seed), "sweep": sweep, "device": device}
+
+
 def ops(names: list[str], folder: str, run: str, device: str, sweep: str, explain: bool = False, seed: int = 0,
-        kept: str = "") -> int:
-    """Rows of the benches `names` on this world, to `folder`. Target of the launcher; returns 0."""
+        kept: str = "", only: list[dict[str, Any]] | None = None) -> int:
+    """Rows of the benches `names` on this world, to `folder`, of cases that `run` has none of yet. only: of these cases.
+    Target of the launcher; returns 0."""
     group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
     world, first = (dist.get_world_size(group), dist.get_rank(group) == 0) if group is not None else (1, True)
     where = Path(folder)
     found = roofs.load(where, Path(kept)) if kept else roofs.load(where)
-    stamp = provenance(seed)
-    for op in names:
-        for case in load(op).cases(sweep, world):
-            rows = one(op, case, device, group, seed, sweep.startswith("quick"), roofs.limits(found))
-            if first:
-                append(where, op, rows, run, stamp)
-                _say(op, case, rows, explain)
+    stamp = stamped(seed, sweep, device)
+    with _bounded_memory(world if device == "cpu" else 0):
+        for op in names:
+            done = measured(where, op, run)                           # before any rank writes: the next case waits for all of them
+            for case in load(op).cases(sweep, world):
+                if case.key() in done or (only is not None and case.key() not in only):
+                    continue
+                rows = one(op, case, device, group, seed, sweep.startswith("quick"), roofs.limits(found))
+                if first:
+                    append(where, op, rows, run, stamp)
+                    _say(op, case, rows, explain)
     return 0
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping, of the machine or of the container; 0 where the system does not tell."""
+    def number(path: str, word: str = "") -> int:
+        try:
+            return int(next(ln for ln in Path(path).read_text().splitlines() if ln.startswith(word)).split()[-1 if not word else 1])
+        except (OSError, ValueError, StopIteration):                  # no such file, or "max"
+            return 0
+    free = number("/proc/meminfo", "MemAvailable:") << 10
+    most, used = number("/sys/fs/cgroup/memory.max"), number("/sys/fs/cgroup/memory.current")
+    return min(free, max(0, most - used)) if most and free else free
+
+
+@contextmanager
+def _bounded_memory(ranks: int) -> Iterator[None]:
+    """A shape that does not fit raises, and has a row; else Linux would hand out what it has not and kill the sweep for it. 0: off."""
+    free = free_memory()
+    try:
+        import resource
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    except (ImportError, OSError, IndexError, ValueError):
+        free = 0
+    if not free or not ranks:
+        yield
+        return
+    most = used + int(0.9 * free / ranks)
+    resource.setrlimit(resource.RLIMIT_DATA, (most if before[0] < 0 else min(most, before[0]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def one(op: str, case: Case, device: str, group: dist.ProcessGroup | None, seed: int, quick: bool, roof: Any) -> list[dict[str, Any]]:
@@ -54,7 +99,7 @@ def one(op: str, case: Case, device: str, group: dist.ProcessGroup | None, seed:
         made = None
     if made is None:
         return [{"schema": SCHEMA, "op": op, "case": case.key(), "device": device, "seed": seed, "way": "interlace", "failed": why}]
-    return measure(op, case, made, device=device, budget=0.35 if quick else 2.0, rounds=(9, 60 if quick else 200), group=group,
+    return measure(op, case, made, device=device, budget=BUDGET[quick], rounds=(9, 60 if quick else 100), group=group,
                    roof=roof, seed=seed)
 
 
