@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
                          "share in which ranks wait, and a picture where a path is given")
     generate = command("generate", "sample text from a trained run", """\
   interlace generate --out runs/a --prompt 'def '""", config=False)
-    generate.add_argument("--out", metavar="DIR", default="runs/default", help="the folder of the run" + d)
+    generate.add_argument("--out", metavar="DIR", default="runs/default", help="the folder of the run, or of one checkpoint of it" + d)
     generate.add_argument("--prompt", metavar="TEXT", default="", help="text to continue (default: none)")
     generate.add_argument("--tokens", metavar="N", type=int, default=200, help="most tokens to add" + d)
     generate.add_argument("--temperature", metavar="X", type=float, default=0.8, help="0: the likeliest token" + d)
