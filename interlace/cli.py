@@ -6,6 +6,7 @@ data paths before any rank starts, and imports no torch: `interlace --help` answ
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from typing import TYPE_CHECKING
@@ -123,6 +124,7 @@ def _bench_flags(bench: argparse.ArgumentParser, d: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns its exit status. argparse itself exits on --help (0) and a bad flag value (2)."""
+    _open_streams()
     parser = _parser()
     args, loose = parser.parse_known_args(argv)
     try:
@@ -153,6 +155,13 @@ def main(argv: list[str] | None = None) -> int:
         else:
             traceback.print_exc()
         return 1
+
+
+def _open_streams() -> None:
+    """A stream that was closed (2>&-) becomes /dev/null: else the next file that is opened would take its number."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), "w" if fd else "r", encoding="utf-8"))
 
 
 def _no_strangers(parser: argparse.ArgumentParser, args: argparse.Namespace, loose: list[str]) -> None:

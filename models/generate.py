@@ -1,6 +1,8 @@
 """generate: sample text from a trained run. One process, whatever layout trained it; the window slides at seq_length."""
 from __future__ import annotations
 
+import io
+import os
 import sys
 from pathlib import Path
 
@@ -66,6 +68,9 @@ def generate(out: str | Path, prompt: str = "", *, tokens: int = 200, temperatur
 
 
 def main(out: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> int:
-    """`interlace generate`"""
+    """`interlace generate`. A prompt's bytes are UTF-8 whatever the locale says, and what the terminal cannot show is escaped."""
+    prompt = os.fsencode(prompt).decode(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     generate(out, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, stream=sys.stdout)
     return 0

@@ -67,6 +67,13 @@ def test_public_names():
         _ = interlace.nope
 
 
+@pytest.mark.parametrize("streams", ["2>&-", ">&-", ">&- 2>&- <&-"])
+def test_closed_streams(streams):
+    code = "import sys; from interlace.cli import main; s = main(['explain']); t = open('/dev/null').fileno(); sys.exit(s or t < 3)"
+    done = subprocess.run(["sh", "-c", f"exec {sys.executable} -c \"{code}\" {streams}"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------
 
 
