@@ -6,6 +6,7 @@ data paths before any rank starts, and imports no torch: `interlace --help` answ
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from typing import TYPE_CHECKING
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
                          "share in which ranks wait, and a picture where a path is given")
     generate = command("generate", "sample text from a trained run", """\
   interlace generate --out runs/a --prompt 'def '""", config=False)
-    generate.add_argument("--out", metavar="DIR", default="runs/default", help="the folder of the run" + d)
+    generate.add_argument("--out", metavar="DIR", default="runs/default", help="the folder of the run, or of one checkpoint of it" + d)
     generate.add_argument("--prompt", metavar="TEXT", default="", help="text to continue (default: none)")
     generate.add_argument("--tokens", metavar="N", type=int, default=200, help="most tokens to add" + d)
     generate.add_argument("--temperature", metavar="X", type=float, default=0.8, help="0: the likeliest token" + d)
@@ -124,6 +125,7 @@ def _bench_flags(bench: argparse.ArgumentParser, d: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns its exit status. argparse itself exits on --help (0) and a bad flag value (2)."""
+    _open_streams()
     parser = _parser()
     args, loose = parser.parse_known_args(argv)
     try:
@@ -156,25 +158,43 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def _open_streams() -> None:
+    """A stream that was closed (2>&-) becomes /dev/null: else the next file that is opened would take its number."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), "w" if fd else "r", encoding="utf-8"))
+
+
 def _no_strangers(parser: argparse.ArgumentParser, args: argparse.Namespace, loose: list[str]) -> None:
-    """key=value after --data PATH ..., which argparse hands to --data or to nobody; and flags that do not exist."""
+    """key=value after --data PATH ..., which argparse hands to --data or to nobody; flags that do not exist; flags without dashes."""
     if hasattr(args, "overrides"):
         args.overrides += [text for text in loose if not text.startswith("-")]
         loose = [text for text in loose if text.startswith("-")]
     if getattr(args, "data", None):
         args.overrides += [text for text in args.data if _is_override(text)]
         args.data = [text for text in args.data if not _is_override(text)]
+    flags = [f for f in FLAGS if hasattr(args, f[2:].replace("-", "_"))]
     if loose:
-        from .models.config import ALIASES
-        flag, equals, _ = loose[0].partition("=")
-        close = nearest(flag, [f for f in FLAGS if hasattr(args, f[2:].replace("-", "_"))])
-        if equals and ("." in flag or not close or flag.lstrip("-") in ALIASES):
-            way_out = f"keys of the config have no dashes: {loose[0].lstrip('-')}"
-        elif close:
-            way_out = f"did you mean {close}?"
-        else:
-            way_out = f"see interlace {args.command or ''} --help"
-        raise UserError(f"unknown argument {loose[0]}; {way_out}")
+        raise UserError(f"unknown argument {loose[0]}; {_way_out(args, loose[0], flags)}")
+    for text in getattr(args, "overrides", ()):
+        flag, equals, value = text.partition("=")
+        if equals and f"--{flag}" in flags:
+            raise UserError(f"{flag} is a flag of interlace {args.command}, no key of the config, got {text}; write --{flag} {value}")
+    if not getattr(args, "out", None) and getattr(args, "out", None) is not None:
+        raise UserError(f"--out must be a folder, got {args.out!r}; leave it out for the default, or write --out . for this one")
+
+
+def _way_out(args: argparse.Namespace, argument: str, flags: list[str]) -> str:
+    """What to write instead of a flag that does not exist: a key of the config (Megatron's --num-layers 8 too), or the nearest flag."""
+    from .models.config import key_of
+    flag, equals, value = argument.partition("=")
+    close, word = nearest(flag, flags), flag.lstrip("-").replace("-", "_")
+    if hasattr(args, "overrides") and (key := key_of(word)):
+        value = value or next((text for text in args.overrides if "=" not in text), "...")
+        return f"keys of the config have no dashes: {key}={value}"
+    if equals and ("." in flag or not close):
+        return f"keys of the config have no dashes: {argument.lstrip('-')}"
+    return f"did you mean {close}?" if close else f"see interlace {args.command or ''} --help".replace("  ", " ")
 
 
 def _is_override(text: str) -> bool:

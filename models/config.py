@@ -17,7 +17,7 @@ from ..parallel.errors import UserError, nearest, raise_problems
 from ..parallel.layout import balancing
 
 __all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "SchedConfig", "TrainerConfig", "from_dict",
-           "load_config", "to_dict", "to_yaml"]
+           "key_of", "load_config", "to_dict", "to_yaml"]
 
 
 @dataclass(frozen=True)
@@ -432,6 +432,11 @@ def _flat(tree: dict[Any, Any], problems: list[str], source: str, prefix: str = 
     return flat
 
 
+def key_of(word: str) -> str:
+    """The key that a word alone names, as it is written on the command line: an alias, a key, or a key's last word; "" for none."""
+    return word if word in ALIASES or word in _KEYS else next((k for k in _KEYS if k.rsplit(".", 1)[1] == word), "")
+
+
 def _first(section: str) -> str:
     return next(k for k in _KEYS if k.rsplit(".", 1)[0] == section)
 
@@ -448,4 +453,6 @@ def _unknown(key: str) -> str:
         return f"unknown key {key}; did you mean {close}?"
     if here:
         return f"unknown key {key}; section {section} has: {', '.join(here)}"
-    return f"unknown key {key}; sections are {', '.join(s for s in _SECTION.values() if s)}"
+    sections = [s for s in _SECTION.values() if s]
+    close = nearest(key, [*sections, *ALIASES])
+    return f"unknown key {key}; {f'did you mean {close}? ' if close else ''}sections are {', '.join(sections)}"

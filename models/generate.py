@@ -1,6 +1,8 @@
 """generate: sample text from a trained run. One process, whatever layout trained it; the window slides at seq_length."""
 from __future__ import annotations
 
+import io
+import os
 import sys
 from pathlib import Path
 
@@ -27,13 +29,15 @@ def sample(logits: Tensor, *, temperature: float, top_k: int, generator: torch.G
 
 @torch.no_grad()
 def generate(out: str | Path, prompt: str = "", *, tokens: int = 200, temperature: float = 0.8, top_k: int = 50, seed: int = 0,
-             checkpoint_dir: str | Path | None = None, stream=None) -> str:
+             stream=None) -> str:
     """Continue `prompt` by up to `tokens` tokens with the newest checkpoint of `out`; returns prompt + continuation.
 
-    stream: where to write as it goes (default: nowhere). Raises: UserError when there is no checkpoint."""
+    out: the folder of a run, or of one of its checkpoints. stream: where to write as it goes (default: nowhere).
+    Raises: UserError when there is no checkpoint."""
     out = Path(out)
-    folder = Path(checkpoint_dir) if checkpoint_dir else checkpoint.find(out)
-    if folder is None:
+    if (out / "state.json").exists():
+        folder, out = out, out.parent.parent
+    elif (folder := checkpoint.find(out)) is None:
         raise UserError(f"generate: --out must be the folder of a run that saved a checkpoint, got {out}; train first: "
                         f"interlace train --out {out}")
     config = load_config(str(out / "config.yaml"), ["tp=1", "sp=false"])
@@ -64,6 +68,9 @@ def generate(out: str | Path, prompt: str = "", *, tokens: int = 200, temperatur
 
 
 def main(out: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> int:
-    """`interlace generate`"""
+    """`interlace generate`. A prompt's bytes are UTF-8 whatever the locale says, and what the terminal cannot show is escaped."""
+    prompt = os.fsencode(prompt).decode(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     generate(out, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, stream=sys.stdout)
     return 0

@@ -196,6 +196,7 @@ class GPT(nn.Module):
     norm: Any
     lm_head: Any
 
+    @torch.random.fork_rng(devices=())                                # layers draw weights, which init_parameters writes over
     def __init__(self, cfg: ModelConfig, mesh: Mesh | None = None, *, vocab_size: int, seed: int = 0,
                  dtype: torch.dtype = torch.float32):
         super().__init__()

@@ -124,7 +124,7 @@ def text(m: ModelConfig, microbatches: int, width: int = 160) -> str:
     cell = max(2, len(str(microbatches - 1)) + 1)
     shown = end if 10 + end * cell <= width else (width - 14) // cell
     lines = [f"schedule: {m.schedule}, {len(rows)} ranks x {m.chunks} stages, {microbatches} micro-batches, bubble {bubble(rows):.1%}",
-             "          (a forward takes 1, the input's and the weights' gradients 1 each; upper case letter: kind, number: micro-batch)"]
+             "          (forward 1 long, each half of a backward 1; 3: forward of micro-batch 3, B3 its backward, I3 and W3 the halves)"]
     for rank, row in enumerate(rows):
         cells = ["." * cell] * end
         for s in row:

@@ -7,10 +7,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
+import shlex
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -94,8 +98,8 @@ class Run:
         self.main = self.rank[0] == 0
         self.device = device_of(config)
         tokenizer = load_tokenizer(config.data.tokenizer)
-        prepare_out(out, self.main)
         if self.main:
+            prepare_out(out)
             checkpoint.sweep(out)
         tokens = build_tokens(config.data.paths, tokenizer, out / "data", extensions=config.data.extensions, exclude=[out],
                               rank=0 if self.main else 1, barrier=dist.barrier if many else None)
@@ -241,10 +245,8 @@ def device_of(config: Config) -> torch.device:
     return torch.device("cuda", local)
 
 
-def prepare_out(out: Path, main: bool) -> None:
+def prepare_out(out: Path) -> None:
     """Make the folder and prove it can be written. Raises: UserError."""
-    if not main:
-        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".probe"
@@ -254,9 +256,33 @@ def prepare_out(out: Path, main: bool) -> None:
         raise UserError(f"--out must be a folder that can be written, got {out}: {e.strerror or e}; choose another") from None
 
 
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """The folder for this process alone: two runs would remove each other's checkpoints under way. The system takes the lock back from
+    whoever dies. Raises: UserError where another process has it."""
+    prepare_out(out)
+    with (out / ".lock").open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:                                          # any other: a file system without locks
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise UserError(f"--out must be of one run at a time, got {out}, into which {file.read().strip() or 'another process'} "
+                                "trains; wait for its end, or choose another --out") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}")
+        file.flush()
+        yield
+
+
 def train(config: Config, out: str | Path, profile: int = 0) -> int:
     """`interlace train`: train to trainer.max_steps, going on from what `out` holds; trace `profile` steps. Returns the exit status."""
-    run = Run(config, Path(out))
+    import torch.distributed as dist
+    with alone(Path(out)) if not dist.is_initialized() or dist.get_rank() == 0 else contextlib.nullcontext():
+        return _train(Run(config, Path(out)), config, out, profile)
+
+
+def _train(run: Run, config: Config, out: str | Path, profile: int) -> int:
     if run.main and run.device.type == "cpu" and (why := not_built()):
         print(f"interlace: the C++ ops are not built here, the slower references run: {why}", file=sys.stderr, flush=True)
     if run.main and run.step == config.trainer.max_steps:
@@ -272,7 +298,8 @@ def train(config: Config, out: str | Path, profile: int = 0) -> int:
         rows = (Path(out) / "metrics.jsonl").read_text().splitlines() if (Path(out) / "metrics.jsonl").exists() else []
         last = json.loads(rows[-1]) if rows else {}
         made = [n for n in ("metrics.jsonl", "loss.png", "config.yaml", "paths.txt", "checkpoints") if (Path(out) / n).exists()]
+        name = shlex.quote(str(out))
         command = "interlace" if shutil.which("interlace") else f"{os.path.relpath(sys.executable)} -m interlace"
         print(f"step {run.step}: loss {last.get('loss', float('nan')):.4f}. In {out}: {', '.join(made)}\n"
-              f"sample from it: {command} generate --out {out} --prompt 'def '", flush=True)
+              f"sample from it: {command} generate --out {name} --prompt 'def '", flush=True)
     return 0

@@ -97,9 +97,16 @@ def pieces_of(param: Tensor) -> tuple[Piece, ...]:
 
 
 @torch.no_grad()
-def init_parameters(model: nn.Module, seed: int) -> None:
+def init_parameters(model: nn.Module, seed: int | None = None) -> None:
     """Initial weights from the seed and each tensor's global name: the same numbers for every layout and dtype. Parameters without
-    pieces, of a user's own module, keep theirs."""
+    pieces, of a user's own module, keep theirs.
+
+    seed None: drawn from torch's CPU generator, as nn.Linear draws its weights: for a layer on its own, whose tensors all layers of
+    its class name alike. Ranks agree where they set torch.manual_seed alike, or not at all; on meta nothing is drawn."""
+    if seed is None:
+        if all(p.is_meta for p in model.parameters()):
+            return
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
     for name, piece, param in named_pieces(model):
         if not hasattr(param, "pieces") or param.is_meta:
             continue

@@ -56,7 +56,7 @@ class ColumnParallelLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(at, dtype=dtype, device=device))                   # [D_out/t]
             set_pieces(self.bias, *(Piece(p.name, p.shape[:1], 0, p.start, p.length, p.at, p.copies, p.partial) for p in pieces))
         self.sizes = [p.length for p in pieces]
-        init_parameters(self, seed=0)
+        init_parameters(self)
 
     @classmethod
     def from_torch(cls, module: nn.Linear, tp: Axis, *, parts: dict[str, tuple[int, int]] | None = None,
@@ -92,7 +92,7 @@ class RowParallelLinear(nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device))               # [D_out]
             set_pieces(self.bias, replicated((out_features,), tp, partial=self.sequence_parallel))
-        init_parameters(self, seed=0)
+        init_parameters(self)
 
     @classmethod
     def from_torch(cls, module: nn.Linear, tp: Axis, *, sequence_parallel: bool = False) -> RowParallelLinear:
@@ -129,7 +129,7 @@ class VocabParallelEmbedding(nn.Module):
         self.first, self.num_embeddings = tp.rank * rows, num_embeddings
         self.weight = nn.Parameter(torch.zeros(rows, embedding_dim, dtype=dtype, device=device))         # [V/t, D]
         set_pieces(self.weight, padded("", (num_embeddings, embedding_dim), tp, rows), std=init_std)
-        init_parameters(self, seed=0)
+        init_parameters(self)
 
     @classmethod
     def from_torch(cls, module: nn.Embedding, tp: Axis, *, sequence_parallel: bool = False) -> VocabParallelEmbedding:
@@ -167,7 +167,7 @@ class GatheredLinear(nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device))
             set_pieces(self.bias, padded("", (out_features,), tp, rows))
-        init_parameters(self, seed=0)
+        init_parameters(self)
 
     @classmethod
     def from_torch(cls, module: nn.Linear, tp: Axis) -> GatheredLinear:
@@ -193,7 +193,7 @@ class ParallelHead(nn.Module):
         if not tied:
             self.weight = nn.Parameter(torch.zeros_like(embedding.weight))
             set_pieces(self.weight, *pieces_of(embedding.weight), std=init_std)
-            init_parameters(self, seed=0)
+            init_parameters(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return deferred.linear(ag_gemm if self.sequence_parallel else copy_gemm, x, self.weight, self.tp.group, self.deferred,

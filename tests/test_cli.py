@@ -67,6 +67,13 @@ def test_public_names():
         _ = interlace.nope
 
 
+@pytest.mark.parametrize("streams", ["2>&-", ">&-", ">&- 2>&- <&-"])
+def test_closed_streams(streams):
+    code = "import sys; from interlace.cli import main; s = main(['explain']); t = open('/dev/null').fileno(); sys.exit(s or t < 3)"
+    done = subprocess.run(["sh", "-c", f"exec {sys.executable} -c \"{code}\" {streams}"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------
 
 
@@ -77,6 +84,12 @@ def test_public_names():
     (["train", "--nrpoc", "2"], "unknown argument --nrpoc; did you mean --nproc?"),
     (["train", "--tp=2"], "keys of the config have no dashes: tp=2"),
     (["train", "--optim.lr=1"], "keys of the config have no dashes: optim.lr=1"),
+    (["train", "--tp", "2"], "unknown argument --tp; keys of the config have no dashes: tp=2"),
+    (["train", "--tensor-model-parallel-size", "2"], "keys of the config have no dashes: model.tensor_model_parallel_size=2"),
+    (["verify", "--num-layers=8"], "keys of the config have no dashes: model.num_layers=8"),
+    (["train", "nproc=2"], "nproc is a flag of interlace train, no key of the config, got nproc=2; write --nproc 2"),
+    (["train", "--out", ""], "--out must be a folder, got ''"),
+    (["train", "tpp=2"], "unknown key tpp; did you mean tp?"), (["train", "modle=2"], "unknown key modle; did you mean model?"),
     (["verify", "--out", "x"], "unknown argument --out; see interlace verify --help"),
     (["train", "--nproc", "0"], "--nproc must be >= 1, got 0"),
     (["train", "tp=3"], "num_attention_heads must be a multiple of tensor_model_parallel_size"),

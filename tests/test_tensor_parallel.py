@@ -38,6 +38,23 @@ def check_grads(module, dense, tp):
         torch.testing.assert_close(piece.local(p.grad), piece.of(want[name]), rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_layers_on_their_own_start_apart_and_follow_torch_manual_seed():
+    """All layers of a user's own model are named `weight` alike: a seed made of the name would give every block the same numbers."""
+    def made(tp):
+        torch.manual_seed(5)
+        return [ColumnParallelLinear(D, F_, tp=tp), ColumnParallelLinear(D, F_, tp=tp), RowParallelLinear(F_, D, tp=tp),
+                VocabParallelEmbedding(F_, D, tp=tp)]
+    whole, again = made(Axis("tp")), made(Axis("tp"))
+    assert not torch.equal(whole[0].weight, whole[1].weight) and all(torch.equal(a.weight, b.weight) for a, b in zip(whole, again))
+    for rank in (0, 1):                                               # the layout changes no number
+        for part, layer in zip(made(Axis("tp", 2, rank, (0, 1))), whole):
+            piece = part.weight.pieces[0]
+            assert torch.equal(piece.local(part.weight), piece.of(layer.weight))
+    before = torch.get_rng_state()
+    ColumnParallelLinear.from_torch(torch.nn.Linear(D, F_, device="meta"), Axis("tp"))
+    assert torch.equal(torch.get_rng_state(), before), "a layer that takes its weights from another draws nothing"
+
+
 class Pair(torch.nn.Module):
     def __init__(self, tp, sp):
         super().__init__()

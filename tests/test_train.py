@@ -1,6 +1,8 @@
 """The whole run: loss falls on real text, the same for every layout, resume exact to the bit, sampling, errors in words."""
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,6 +121,21 @@ def test_nan_stops_with_words_and_keeps_the_checkpoint(tmp_path, text):
     assert (out / "checkpoints" / "latest").read_text() == "step-00000003"
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path, text):
+    """The second would remove the first one's checkpoint under way; a run that died holds nothing."""
+    hold = ("import sys; from pathlib import Path; from interlace.models.train import alone\n"
+            f"with alone(Path({str(tmp_path)!r})): print('held', flush=True); sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"--out must be of one run at a time, got .*, into which process {other.pid} of .* trains"):
+            _train(0, [*TINY, *text, "trainer.max_steps=1"], tmp_path)
+    finally:
+        other.kill()
+        other.communicate()
+    _train(0, [*TINY, *text, "trainer.max_steps=1"], tmp_path)
+
+
 def test_generate(tmp_path, text):
     out = tmp_path / "run"
     run(2, _train, [*TINY, *text, "trainer.max_steps=40", "tp=2", "sp=true"], out)
@@ -129,6 +146,7 @@ def test_generate(tmp_path, text):
     assert greedy == generate(out, "line 1: the", tokens=12, temperature=0)
     assert generate(out, "x" * 100, tokens=3)                         # longer than the window
     assert generate(out, "", tokens=3) is not None
+    assert generate(out / "checkpoints" / (out / "checkpoints" / "latest").read_text(), "x", tokens=3) == generate(out, "x", tokens=3)
     with pytest.raises(UserError, match="train first"):
         generate(tmp_path / "nowhere", "a")
 
