@@ -258,6 +258,7 @@ class _GateUp(torch.autograd.Function):
         return y.view(*x.shape[:-1], 2 * width)
 
     @staticmethod
+    @dispatch.once("gate and up")
     def backward(ctx, dy):
         rows, wg, wu = ctx.saved_tensors
         dg, du = dy.reshape(-1, dy.shape[-1]).chunk(2, -1)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..kernels.comm import heap_of
+from ..kernels.dispatch import once
 from ..parallel.mesh import Axis
 from .split import Plan, Split, _in_front, _swap, refuse_records
 from .structure import ATTENTION
@@ -79,6 +80,7 @@ class _Enter(torch.autograd.Function):
         return h.view_as(h)
 
     @staticmethod
+    @once("pipeline")
     def backward(ctx, dh):
         return _broadcast(dh, 0, ctx.pp), None
 
@@ -93,6 +95,7 @@ class _Receive(torch.autograd.Function):
         return x
 
     @staticmethod
+    @once("pipeline")
     def backward(ctx, dx):
         dist.send(dx.contiguous(), ctx.pp.ranks[ctx.pp.rank - 1], group=ctx.pp.group)
         return torch.zeros_like(dx), None
@@ -108,6 +111,7 @@ class _Send(torch.autograd.Function):
         return y.new_zeros(1)
 
     @staticmethod
+    @once("pipeline")
     def backward(ctx, token):
         dy = token.new_empty(ctx.shape)
         dist.recv(dy, ctx.pp.ranks[ctx.pp.rank + 1], group=ctx.pp.group)
@@ -125,6 +129,7 @@ class _Leave(torch.autograd.Function):
         return _broadcast(out, pp.size - 1, pp)
 
     @staticmethod
+    @once("pipeline")
     def backward(ctx, dy):
         return None, None, *(dy.split(ctx.sizes) if ctx.last else [dy.new_zeros(n) for n in ctx.sizes])
 

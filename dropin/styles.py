@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.comm import all_reduce, copy_gemm, gemm_ar, gemm_rs
+from ..kernels.dispatch import once
 from ..parallel.collectives import gather_from, reduce_from, scatter_to, stack_from
 from ..parallel.mesh import Axis
 
@@ -30,6 +31,7 @@ class _GradSum(torch.autograd.Function):
         return w.view_as(w)
 
     @staticmethod
+    @once("tensor parallelism")
     def backward(ctx, dw):
         return all_reduce(dw.contiguous(), ctx.group), None
 
@@ -43,6 +45,7 @@ class _Whole(torch.autograd.Function):
         return gather_from(x.transpose(0, 1).contiguous(), axis).transpose(0, 1)
 
     @staticmethod
+    @once("sequence parallelism")
     def backward(ctx, dy):
         return dy.chunk(ctx.axis.size, 1)[ctx.axis.rank].contiguous(), None
 

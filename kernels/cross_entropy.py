@@ -15,9 +15,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .dispatch import define, fused, tl, triton
+from .dispatch import define, fused, once, tl, triton
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -174,7 +173,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once("cross_entropy")
     def backward(ctx, dloss):
         dlogits = torch.ops.interlace.cross_entropy_bwd(dloss.contiguous(), *ctx.saved_tensors, *ctx.args)
         return dlogits, None, None, None, None, None

@@ -35,7 +35,7 @@ except ImportError:                                                   # no wheel
     triton = tl = _Absent()
 
 __all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "ONE_PASS", "build_info", "cpu_flags", "define", "differentiable", "fused",
-           "not_built", "row_programs", "row_warps", "tl", "traced", "triton", "tune_malloc"]
+           "not_built", "once", "row_programs", "row_warps", "tl", "traced", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -117,14 +117,31 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def differentiable(name: str, setup: Callable, backward: Callable, keep: int = 1, run: Callable | None = None) -> Callable:
+def once(op: str) -> Callable[[Callable], Callable]:
+    """Marks a backward whose own gradient nobody has: create_graph=True raises. What the kernels compute has no graph, and would pass for
+    a constant; torch's once_differentiable lets it, where the gradient that comes in is one: as in every loss."""
+    def mark(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def checked(ctx, *grads):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise RuntimeError(f"{op}: create_graph must be False, for there is no second derivative, got True; where one is wanted, "
+                                   "use the op's reference (rms_norm_ref for rms_norm, ...)")
+            return backward(ctx, *grads)
+        return checked
+    return mark
+
+
+def differentiable(name: str, setup: Callable, backward: Callable, keep: int = 1, run: Callable | None = None,
+                   linear: bool = False) -> Callable:
     """Give op `interlace::<name>` its gradient; returns the callable that public functions use.
 
     setup(ctx, inputs, output) and backward(ctx, *grads) are those of `torch.library.register_autograd`, which serves tracing.
     Eager calls go through an autograd.Function over the same two: 36 us less a step than register_autograd's wrapper.
     keep: the outputs a caller sees; the rest are statistics saved for the backward, whose gradients never come.
     run: what an eager call runs in place of the op, where that is Python anyway: the dispatcher and back is 7 us.
+    linear: the backward is made of ops that have gradients themselves, so it may be differentiated again; else `once`.
     """
+    backward = backward if linear else once(name.removesuffix("_fwd"))(backward)
     torch.library.register_autograd(f"interlace::{name}", backward, setup_context=setup, lib=LIB)
     op = getattr(torch.ops.interlace, name).default
     cut = lambda out: out if isinstance(out, Tensor) else out[0] if keep == 1 else out[:keep]  # noqa: E731

@@ -127,7 +127,7 @@ def _backward(ctx, dy):
     return torch.ops.interlace.dropout(dy.contiguous(), *ctx.args), None, None, None, None, None
 
 
-_dropout = differentiable("dropout", _setup, _backward)
+_dropout = differentiable("dropout", _setup, _backward, linear=True)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import fused
+from .dispatch import fused, once
 from .grouped_gemm import check_experts, grouped_gemm_ref, rows_gemm, rows_gemm_swiglu, rows_wgrad
 from .permute import check_probs, permute_ref, slots_of
 from .route_plan import RoutePlan
@@ -80,6 +80,7 @@ class _Experts(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once("expert_mlp")
     def backward(ctx, do):
         x, z, p, w13, w2, offsets, row, slots = ctx.saved_tensors
         need_x, need_13, need_2, need_p, need_res, need_sh = ctx.needs_input_grad[:6]

@@ -59,7 +59,7 @@ def _backward(ctx, dy):
     return torch.ops.interlace.jitter(dy.contiguous(), *ctx.args), None, None, None, None
 
 
-_jitter = differentiable("jitter", _setup, _backward)
+_jitter = differentiable("jitter", _setup, _backward, linear=True)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 

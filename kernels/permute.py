@@ -124,7 +124,7 @@ def slots_of(moved: Tensor, row: Tensor) -> Tensor:
     return moved.index_select(0, row.flatten().clamp(min=0)).view(row.shape).masked_fill(row < 0, 0)
 
 
-_permute = differentiable("permute_fwd", _setup, _backward, keep=2)
+_permute = differentiable("permute_fwd", _setup, _backward, keep=2, linear=True)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ def _backward(ctx, dy):
     return _FWD(_rows(dy), *ctx.saved_tensors, not ctx.inverse, ctx.interleaved), None, None, None, None
 
 
-_rope = differentiable("rope_fwd", _setup, _backward)
+_rope = differentiable("rope_fwd", _setup, _backward, linear=True)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 

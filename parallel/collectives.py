@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.comm import all_gather, all_reduce, reduce_scatter
+from ..kernels.dispatch import once
 from .mesh import Axis
 
 
@@ -24,6 +25,7 @@ class _CopyTo(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once("copy_to")
     def backward(ctx, dy):
         return all_reduce(dy, ctx.axis.group), None
 
@@ -34,6 +36,7 @@ class _ReduceFrom(torch.autograd.Function):
         return all_reduce(x, axis.group)
 
     @staticmethod
+    @once("reduce_from")
     def backward(ctx, dy):
         return dy, None
 
@@ -45,6 +48,7 @@ class _GatherFrom(torch.autograd.Function):
         return all_gather(x, axis.group)
 
     @staticmethod
+    @once("gather_from")
     def backward(ctx, dy):
         return reduce_scatter(dy, ctx.axis.group), None
 
@@ -56,6 +60,7 @@ class _ReduceScatterTo(torch.autograd.Function):
         return reduce_scatter(x, axis.group)
 
     @staticmethod
+    @once("reduce_scatter_to")
     def backward(ctx, dy):
         return all_gather(dy, ctx.axis.group), None
 
@@ -67,6 +72,7 @@ class _ScatterTo(torch.autograd.Function):
         return x.chunk(axis.size)[axis.rank].clone()
 
     @staticmethod
+    @once("scatter_to")
     def backward(ctx, dy):
         return all_gather(dy, ctx.axis.group), None
 
@@ -78,6 +84,7 @@ class _StackFrom(torch.autograd.Function):
         return all_gather(x.unsqueeze(0), axis.group)
 
     @staticmethod
+    @once("stack_from")
     def backward(ctx, dy):
         return dy[ctx.axis.rank], None
 

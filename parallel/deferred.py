@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels.comm import all_gather, gemm
 from ..kernels.comm.collectives import Group
+from ..kernels.dispatch import once
 
 __all__ = ["Deferred", "linear"]
 
@@ -43,6 +44,7 @@ class _Later(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
+    @once("linear")
     def backward(ctx, dy):
         x, = ctx.saved_tensors
         weight, gather_x, gather_dy, deferred = ctx.rest

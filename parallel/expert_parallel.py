@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..kernels import aux_loss, expert_mlp, forced_balance, jitter, route_plan, router, update_expert_bias, z_loss
 from ..kernels.comm import all_gather, all_reduce, combine, dispatch, dispatch_plan
+from ..kernels.dispatch import once
 from ..kernels.router import Routing
 from .collectives import scatter_to, stack_from
 from .layout import balancing
@@ -138,6 +139,7 @@ class _WithLosses(torch.autograd.Function):
         return o.view_as(o)
 
     @staticmethod
+    @once("MoELayer")
     def backward(ctx, do):
         ctx.layer.count(*ctx.seen)
         losses = ctx.seen[2]

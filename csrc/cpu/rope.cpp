@@ -12,9 +12,9 @@ Tensor rope(Tensor x, Tensor cos, Tensor sin, bool inverse, bool interleaved) {
   const int64_t S = x.size(0), B = x.size(1), H = x.size(2), Dh = x.size(3), d = cos.size(2);
   const int64_t xs = x.stride(0), xb = x.stride(1), xh = x.stride(2);
   const int64_t cs = cos.stride(0), cb = cos.stride(1), ss = sin.stride(0), sb = sin.stride(1);
-  STD_TORCH_CHECK(Dh < 2 || x.stride(3) == 1, "rope: the last dimension of x must be contiguous");
+  STD_TORCH_CHECK(Dh < 2 || !x.numel() || x.stride(3) == 1, "rope: the last dimension of x must be contiguous");
   STD_TORCH_CHECK(2 * d <= Dh && cos.size(0) == S && cos.size(1) == B, "rope: cos must be [S, B, d] with 2 d <= Dh");
-  STD_TORCH_CHECK(d < 2 || (cos.stride(2) == 1 && sin.stride(2) == 1), "rope: the last dimension of the tables must be contiguous");
+  STD_TORCH_CHECK(d < 2 || !cos.numel() || (cos.stride(2) == 1 && sin.stride(2) == 1), "rope: the last dimension of the tables must be contiguous");
   Tensor y = fresh(x, {S, B, H, Dh});
   dispatch(x, "rope", [&]<class T>(T) {
     using A = acc_t<T>;

@@ -170,15 +170,15 @@ def _reduce_backward(ctx, dy):
 _scatter: Callable[..., Tensor]                                       # each names itself or the next
 _exchange: Callable[..., Tensor]
 _reduce = register("all_reduce(Tensor x, str op, str group) -> Tensor", _all_reduce,
-                   lambda x, op, world: x.new_empty(x.shape), _reduce_setup, _reduce_backward)
+                   lambda x, op, world: x.new_empty(x.shape), _reduce_setup, _reduce_backward, linear=True)
 _gather = register("all_gather(Tensor x, str group) -> Tensor", _all_gather,
                    lambda x, world: x.new_empty(x.shape[0] * world, *x.shape[1:]), _setup,
-                   lambda ctx, dy: (_scatter(dy, ctx.group), None))
+                   lambda ctx, dy: (_scatter(dy, ctx.group), None), linear=True)
 _scatter = register("reduce_scatter(Tensor x, str group) -> Tensor", _reduce_scatter,
                     lambda x, world: x.new_empty(x.shape[0] // world, *x.shape[1:]), _setup,
-                    lambda ctx, dy: (_gather(dy, ctx.group), None))
+                    lambda ctx, dy: (_gather(dy, ctx.group), None), linear=True)
 _exchange = register("all_to_all(Tensor x, str group) -> Tensor", _all_to_all,
-                     lambda x, world: x.new_empty(x.shape), _setup, lambda ctx, dy: (_exchange(dy, ctx.group), None))
+                     lambda x, world: x.new_empty(x.shape), _setup, lambda ctx, dy: (_exchange(dy, ctx.group), None), linear=True)
 
 
 def _lean(x: Tensor, out: Tensor | None) -> bool:

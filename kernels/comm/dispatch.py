@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..dispatch import once
 from ..permute import permute, slots_of
 from ..route_plan import RoutePlan, route_plan
 from ..unpermute import unpermute
@@ -202,6 +203,7 @@ class _Dispatch(torch.autograd.Function):
         return _dispatch(x, plan)
 
     @staticmethod
+    @once("dispatch")
     def backward(ctx, dy):
         return _combine(dy, ctx.plan), None
 
@@ -213,6 +215,7 @@ class _Combine(torch.autograd.Function):
         return _combine(y, plan, residual)
 
     @staticmethod
+    @once("combine")
     def backward(ctx, do):
         dy = _dispatch(do, ctx.plan) if ctx.needs_input_grad[0] else None
         return dy, do if ctx.needs_input_grad[1] else None, None
@@ -227,6 +230,7 @@ class _Probs(torch.autograd.Function):
         return torch.cat([every, every.new_zeros(1)])[torch.where(slot < 0, every.numel(), slot).long()]
 
     @staticmethod
+    @once("dispatch")
     def backward(ctx, d):
         plan = ctx.plan
         mine = reduce_scatter(slots_of(d, plan.route.row_of_slot), plan.group)   # one term: a slot has its row on one rank

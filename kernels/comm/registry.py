@@ -45,15 +45,16 @@ def group_size(group: Group | str) -> int:
     return group.size if isinstance(group, SymmHeap) else 1 if group is None else dist.get_world_size(group)
 
 
-def register(schema: str, run: Callable, fake: Callable, setup: Callable, backward: Callable, keep: int = 1) -> Callable:
+def register(schema: str, run: Callable, fake: Callable, setup: Callable, backward: Callable, keep: int = 1,
+             linear: bool = False) -> Callable:
     """Declare op `interlace::<schema>`, whose last argument is `str group`; returns what public functions call.
 
     run(*inputs, group) computes it on any device, group as in the public functions; fake(*inputs, world) makes its outputs.
-    setup, backward, keep: as in dispatch.differentiable. setup finds the group, or its name, in inputs[-1], and hands it on."""
+    setup, backward, keep, linear: as in dispatch.differentiable. setup finds the group, or its name, in inputs[-1], and hands it on."""
     name = schema.split("(")[0]
     define(schema, lambda *a: run(*a[:-1], group_of(a[-1])), lambda *a: fake(*a[:-1], group_size(a[-1])), everywhere=True)
     _register_effectful_op(getattr(torch.ops.interlace, name).default, _EffectType.ORDERED)
-    call = differentiable(name, setup, backward, keep, run)
+    call = differentiable(name, setup, backward, keep, run, linear)
 
     def public(*inputs: Any) -> Any:
         return call(*inputs[:-1], group_name(inputs[-1]) if traced() else group_of(inputs[-1]))
