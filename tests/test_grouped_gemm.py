@@ -178,6 +178,43 @@ def test_rows_that_round_up_a_product_stay_out_of_the_others(dtype, threads):
         assert torch.equal(dw, want.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("H", "N"), [(40, 24), (601, 67)])
+def test_experts_of_many_rows(H, N, dtype):
+    """From 32 rows of an expert on a CPU may take our own product, which gathers as it packs."""
+    x, w, plan, dy = plan_case("cpu", T=260, H=H, K=2, E=4, N=N, align=8)
+    assert plan.counts.min() > 64 and (plan.slot_of_row[:plan.offsets[-1]] < 0).any()
+    check_budget(lambda x, w: grouped_gemm(x, w, plan.offsets, plan), lambda x, w: grouped_gemm_ref(x, w, plan.offsets, plan),
+                 [x, w], dtype, [dy])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("H", "N"), [(40, 75), (520, 33)])
+def test_many_rows_gathered_and_added_are_exact(H, N, dtype):
+    """Whole numbers: padding, tokens without an expert, main gradients and the number of threads leave no trace."""
+    x, w, plan, dy = plan_case("cpu", T=260, H=H, K=2, E=4, N=N, align=8)
+    x, w, dy = ((t.clamp(-2, 2) * 1.5).round().to(dtype) for t in (x, w, dy))
+    nowhere = (plan.row_of_slot < 0).all(1)
+    x[nowhere] = torch.nan
+    slots = plan.slot_of_row.long()
+    rows = torch.where((slots < 0)[:, None], 0, x[slots.clamp(min=0) // 2]).double()
+    want, dw = grouped_gemm_ref(rows, w.double(), plan.offsets), grouped_wgrad(dy.double(), rows, plan.offsets)
+    dx = grouped_gemm_ref(dy.double(), w.double().transpose(1, 2), plan.offsets)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            main, leaf = torch.ones(4, N, H), w.clone().requires_grad_()
+            y = grouped_gemm(x, leaf, plan.offsets, plan, main_grad=main)
+            y.backward(dy)
+            assert nowhere.any() and torch.equal(y, want.to(dtype)) and torch.equal(main.double(), dw + 1)
+            got = torch.ops.interlace.grouped_gemm(dy, w, plan.offsets, None, None, True, None)
+            assert torch.equal(got, dx.to(dtype))
+            assert torch.equal(grouped_wgrad(dy, rows.to(dtype), plan.offsets), dw.to(dtype))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_compiles_whole():
     def layer(x, w, ids):
         plan = route_plan(ids, 4, align=4)

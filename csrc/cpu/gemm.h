@@ -1,8 +1,8 @@
 // gemm: c = a b in fp32, for operands of fp32, bf16 or fp16 whose rows may be gathered. Why it is there: kernels/comm/gemm.py
 //
 // A register tile of R rows by NR columns runs over k: R broadcasts from a, NR / V vectors from b. b lies packed in panels of NR
-// columns, [K / KC][N / NR][KC][NR], of which a few stay in L2; a lies packed in blocks of rows KC apart, of which a tile stays in L1.
-// Where a is so small that all of it stays in L2, the roles are swapped: packing b would cost as much as the product.
+// columns, [K / KC][N / NR][KC][NR], of which a few stay in L2; of a, blocks of rows do, packed LD apart where it is not read in place.
+// Where a has few rows and stays in L2, the roles are swapped: packing b would cost as much as the product (to 256 rows at K = 256).
 // A sum is cut every LINK terms: a chain of K additions in fp32 errs more than torch does. No result depends on M, N or threads.
 #pragma once
 #include <cstring>
@@ -18,6 +18,7 @@ constexpr int V = 16, MR = 8;
 constexpr int V = 8, MR = 6;
 #endif
 constexpr int64_t NR = 2 * V, KC = 512, LINK = 128, PANELS = 8, ROWS = 12 * MR;
+constexpr int64_t LD = KC + 16;  // between packed rows: 2 KB apart they would meet in few sets of L1
 using Vec [[gnu::vector_size(4 * V)]] = float;
 using Oct [[gnu::vector_size(32)]] = float;
 using Ints [[gnu::vector_size(32)]] = int;
@@ -72,24 +73,27 @@ template <class T> void pack(float* to, int64_t step, const View& m, int64_t i0,
     }
     return;
   }
-  int64_t whole = 0;  // rows done below: 16 at a time, a whole line of fp32
+  int64_t whole = 0;  // rows done below: 16 at a time, a whole line of fp32; 64 of them stay in L1 until their lines are full
   if (m.down == 1 && !m.row)
-    for (int64_t j = (whole = rows / 16 * 16, 0); j + 8 <= cols; j += 8) {
-      const T* from[8];
-      for (int k = 0; k < 8; k++) from[k] = m.at<T>(i0, j0 + j + k);
-      for (int64_t i = 0; i < whole; i += 8) {
-        Oct r[8];
-        for (int k = 0; k < 8; k++) r[k] = eight(from[k] + i);
-        transpose(r);
-        for (int k = 0; k < 8; k++) std::memcpy(to + (i + k) * step + j, &r[k], 32);
+    for (int64_t first = (whole = rows / 16 * 16, 0), end; first < whole; first = end)
+      for (int64_t j = (end = std::min(whole, first + 64), 0); j + 8 <= cols; j += 8) {
+        const T* from[8];
+        for (int k = 0; k < 8; k++) from[k] = m.at<T>(i0, j0 + j + k);
+        for (int64_t i = first; i < end; i += 8) {
+          Oct r[8];
+          for (int k = 0; k < 8; k++) r[k] = eight(from[k] + i);
+          transpose(r);
+          for (int k = 0; k < 8; k++) std::memcpy(to + (i + k) * step + j, &r[k], 32);
+        }
       }
-    }
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = i < whole ? cols / 8 * 8 : 0; j < cols; j++) to[i * step + j] = up(*m.at<T>(i0 + i, j0 + j));
 }
 
-// c[R, NR] (+)= a[R, n] b[n, NR], n <= KC
-template <int R> void tile(int64_t n, const float* __restrict a, const float* __restrict b, float* c, int64_t step, bool add) {
+// c[R, NR] (+)= a[R, n] b[n, NR], n <= KC; a: where each row is
+template <int R> void tile(int64_t n, const float* const* a, const float* __restrict b, float* c, int64_t step, bool add) {
+  const float* row[R];
+  for (int i = 0; i < R; i++) row[i] = a[i];
   Vec sum[R][2] = {};
   for (int64_t first = 0; first < n; first += LINK) {
     Vec s[R][2] = {};
@@ -97,8 +101,8 @@ template <int R> void tile(int64_t n, const float* __restrict a, const float* __
       const Vec left = *reinterpret_cast<const Vec*>(b + k * NR), right = *reinterpret_cast<const Vec*>(b + k * NR + V);
 #pragma GCC unroll 16
       for (int i = 0; i < R; i++) {
-        s[i][0] += a[i * KC + k] * left;
-        s[i][1] += a[i * KC + k] * right;
+        s[i][0] += row[i][k] * left;
+        s[i][1] += row[i][k] * right;
       }
     }
     for (int i = 0; i < R; i++) sum[i][0] += s[i][0], sum[i][1] += s[i][1];
@@ -111,7 +115,7 @@ template <int R> void tile(int64_t n, const float* __restrict a, const float* __
       std::memcpy(c + i * step + j * V, &had, sizeof had);
     }
 }
-using Tile = void (*)(int64_t, const float*, const float*, float*, int64_t, bool);
+using Tile = void (*)(int64_t, const float* const*, const float*, float*, int64_t, bool);
 inline const Tile TILES[] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>};
 
 // Memory on lines, kept for the thread.
@@ -121,6 +125,14 @@ template <int WHICH> float* room(int64_t n) {
   static thread_local int64_t size = 0;
   if (n > size) held.reset(static_cast<float*>(std::aligned_alloc(64, (4 * n + 63) / 64 * 64))), size = n;
   return held.get();
+}
+
+// Where rows i0 .. of a block are, from column k on, `depth` of them in fp32: where they lie, or packed to `to`, LD apart. Rows too far
+// apart would meet in few sets of L2.
+template <class T> void rows_at(const float** row, float* to, const View& m, int64_t i0, int64_t k, int64_t rows, int64_t depth) {
+  const bool there = std::is_same_v<T, float> && m.right == 1 && !m.col && m.down <= 2048;
+  if (!there) pack<T>(to, LD, m, i0, k, rows, depth);
+  for (int64_t i = 0; i < rows; i++) row[i] = there ? m.at<float>(i0 + i, k) : to + i * LD;
 }
 
 template <class D> void store(D* to, const float* from, int64_t n, bool add) {
@@ -155,15 +167,16 @@ template <class T, class D> void by_panels(const View& a, const float* packed, D
       const int64_t wide = (p1 - p0) * NR, left = std::min(wide, n - p0 * NR);
       D* to = c + m0 * step + first + p0 * NR;
       const bool straight = std::is_same_v<D, float> && left == wide;  // sums in place
-      float *rows = room<0>(ROWS * KC), *sums = straight ? reinterpret_cast<float*>(to) : room<1>(ROWS * wide);
+      float *rows = room<0>(ROWS * LD), *sums = straight ? reinterpret_cast<float*>(to) : room<1>(ROWS * wide);
       const int64_t down = straight ? step : wide;
+      const float* row[ROWS];
       for (int64_t k = 0; k < K; k += KC) {
         const int64_t depth = std::min(KC, K - k);
-        pack<T>(rows, KC, a, m0, k, m, depth);
+        rows_at<T>(row, rows, a, m0, k, m, depth);
         for (int64_t q = p0; q < p1; q += PANELS)
           for (int64_t i = 0; i < m; i += MR)
             for (int64_t p = q; p < std::min(p1, q + PANELS); p++)
-              TILES[std::min<int64_t>(MR, m - i)](depth, rows + i * KC, packed + k * P * NR + p * depth * NR,
+              TILES[std::min<int64_t>(MR, m - i)](depth, row + i, packed + k * P * NR + p * depth * NR,
                     sums + i * down + (p - p0) * NR, down, k > 0 || (straight && add));
       }
       for (int64_t i = 0; i < m && !straight; i++) store(to + i * step, sums + i * wide, left, add);
@@ -179,14 +192,19 @@ template <class T, class D> void swapped(const View& a, const View& b, D* c, int
       static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(4 * K * P * NR))), &std::free);
   pack_panels<T>(packed.get(), at, 0, M);
   torch::stable::parallel_for(0, (N + MR - 1) / MR, std::max<int64_t>(1, (1 << 20) / (K * P * NR)), [&](int64_t begin, int64_t end) {
-    float *rows = room<0>(ROWS * KC), *sums = room<1>(P * NR * MR);
+    float *rows = room<0>(ROWS * LD), *sums = room<1>(P * NR * MR);
+    const float* row[MR];
     for (int64_t t = begin; t < end; t++) {
       const int64_t n = std::min<int64_t>(MR, N - t * MR);
       for (int64_t k = 0; k < K; k += KC) {
         const int64_t depth = std::min(KC, K - k);
-        pack<T>(rows, KC, bt, t * MR, k, n, depth);
+        rows_at<T>(row, rows, bt, t * MR, k, n, depth);
         for (int64_t p = 0; p < P; p++)
-          TILES[n](depth, rows, packed.get() + k * P * NR + p * depth * NR, sums + p * NR, P * NR, k > 0);
+          TILES[n](depth, row, packed.get() + k * P * NR + p * depth * NR, sums + p * NR, P * NR, k > 0);
+      }
+      if (std::is_same_v<D, float> && !add) {
+        pack<float>(reinterpret_cast<float*>(c) + t * MR, step, {sums, M, n, 1, P * NR}, 0, 0, M, n);
+        continue;
       }
       for (int64_t m = 0; m < M; m++)
         for (int64_t j = 0; j < n; j++) {
@@ -209,7 +227,7 @@ template <class T> inline bool ahead() {
 // c = a b, or c += a b; c's rows are `step` apart.
 template <class T, class D> void multiply(const View& a, const View& b, D* c, int64_t step, bool add = false) {
   const int64_t K = a.cols, N = b.cols;
-  if (b.down == 1 && a.rows * K <= (128 << 10)) return swapped<T>(a, b, c, step, add);
+  if (b.down == 1 && a.rows <= K && a.rows * K <= (128 << 10)) return swapped<T>(a, b, c, step, add);
   const int64_t most = std::max<int64_t>(4, (1 << 20) / (std::max<int64_t>(K, 1) * NR)) * NR;  // 4 MB of panels at a time
   float* packed = room<2>(K * std::min(most, panels(N) * NR));
   for (int64_t n = 0; n < N; n += most) {
