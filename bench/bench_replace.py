@@ -1,8 +1,8 @@
 """A step of Hugging Face's Llama, replaced by `interlace.replace_`, against the stock model. `interlace bench replace`
 
 Loss and every gradient of one sample; the optimizer is the user's own and the same for both, so it is left out. The bound row has the
-step's matrix products and attention alone, which both models share: what no other kernel can save. The error is that of the gradient
-of the first layer's queries, which every layer has a part in, against the stock model in float64.
+step's matrix products through `gemm` and torch's attention alone: what no other kernel can save. The error is that of the gradient of
+the first layer's queries, which every layer has a part in, against the stock model in float64.
 """
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dropin.replace import replace_
+from ..kernels.comm.gemm import gemm
 from .cases import Case, Make, Way, Ways
 
 SHAPES = {"quick": {"llama-tiny": {"L": 2, "D": 64, "F": 176, "H": 4, "S": 32, "V": 512}},
@@ -56,7 +57,7 @@ def _products(s: dict[str, int], make: Make) -> Callable[[], Tensor]:
     def run() -> Tensor:
         for shape in shapes:
             x, w, dy = held[shape]
-            x @ w.t(), dy @ w, dy.t() @ x
+            gemm(x, w.t()), gemm(dy, w), gemm(dy.t(), x)
         for _ in range(s["L"]):
             F.scaled_dot_product_attention(q, q, q, is_causal=True).backward(q.detach())
         return q.detach()

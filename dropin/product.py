@@ -24,6 +24,8 @@ __all__ = ["recognise_product"]
 class Linear(Fused):
     """x @ weight.T + bias by copy_gemm where it pays."""
 
+    bias: Any
+
     def forward(self, input):
         if fused._original or not pays(input, self.weight):
             return super().forward(input)
@@ -33,6 +35,8 @@ class Linear(Fused):
 
 class Conv1D(Fused):
     """x @ weight + bias by copy_gemm where it pays."""
+
+    bias: Any
 
     def forward(self, x):
         if fused._original or not pays(x, self.weight):

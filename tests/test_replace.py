@@ -372,8 +372,7 @@ def test_linear_layers_equal_stock_and_the_way_back(ran):
     assert "1 linear layers keep torch's product: Own is a class of its own" in report.notes and "overridden" in str(report.notes)
     del model[4].forward
     assert interlace.replace_(model).replaced[0].name == "4"
-    equal = [m for m in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))]
-    for m in equal:
+    for m in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         ran.clear()
         m(x)
         assert ran == [[2, 3, 8]] * 4

@@ -5,8 +5,8 @@ import torch
 import interlace
 from interlace.dropin import product
 
-pytest.importorskip("transformers")
-from hf import MODELS, STACKED, close, make, sample, step, twin
+transformers = pytest.importorskip("transformers")
+from hf import MODELS, STACKED, KeepFloat64, close, make, sample, step, twin  # noqa: E402
 
 EXPECTED = {                                                          # kernels that must run, and how many modules each
     "llama": {"rms_norm": 5, "rope": 2, "swiglu": 2, "cross_entropy": 1},
@@ -45,11 +45,15 @@ def test_equals_stock_in_float64(name):
     close(step(model, batch), want, 0)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_linear_layers_equal_stock_in_float64(name, monkeypatch):
-    """The tiny models' layers are forced through the product that large ones take."""
+@pytest.fixture
+def forced(monkeypatch):
+    """The tiny models' linear layers go through the product that large ones take."""
     monkeypatch.setattr(product, "torch_keeps", lambda w: "")
     monkeypatch.setattr(product, "pays", lambda x, w: x.dtype == w.dtype)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_linear_layers_equal_stock_in_float64(name, forced):
     model, batch = make(name), sample()
     want = step(model, batch)
     linear = sum(type(m) is torch.nn.Linear or type(m).__name__ == "Conv1D" for m in model.modules())
@@ -58,6 +62,32 @@ def test_linear_layers_equal_stock_in_float64(name, monkeypatch):
     close(step(model, batch), want)
     interlace.restore_(model)
     close(step(model, batch), want, 0)
+
+
+@pytest.mark.parametrize("first", ["adapters", "replace_"])
+def test_lora_over_our_product(first, forced):
+    """Adapters call their base layer, which is ours; only they learn; merged and unloaded, the layers stay ours."""
+    peft = pytest.importorskip("peft")
+    both = []
+    for ours in (False, True):
+        model, batch = make("llama"), sample()
+        if ours and first == "replace_":
+            interlace.replace_(model)
+        torch.manual_seed(7)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj", "gate_proj"], lora_dropout=0.0))
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(8))
+        if ours and first == "adapters":
+            rows = interlace.replace_(model).replaced
+            assert any(r.name.endswith("q_proj.base_layer") and r.kernel.startswith("gemm") for r in rows)
+        both.append(step(model.double(), batch))
+        assert all("lora" in n for n in both[-1] if n not in ("loss", "logits"))
+        merged = model.merge_and_unload()
+        assert ours == (type(merged.model.layers[0].self_attn.q_proj).__name__ == "FusedLinear")
+        with KeepFloat64(), torch.no_grad():
+            both[-1]["merged"] = merged(**batch).logits
+    close(*both)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
@@ -72,7 +102,7 @@ def test_bf16_is_no_further_from_float64_than_stock(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_generate_with_cache(name):
+def test_generate_with_cache(name, forced):
     model = make(name, torch.float32)
     ids = sample(2, 5)["input_ids"]
     words = lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, use_cache=True,  # noqa: E731
@@ -83,7 +113,7 @@ def test_generate_with_cache(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_gradient_checkpointing(name):
+def test_gradient_checkpointing(name, forced):
     model, batch = make(name, torch.float32).train(), sample()
     want = step(model, batch)
     interlace.replace_(model)
