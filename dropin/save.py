@@ -4,6 +4,7 @@
     interlace.whole_state_dict(model)        every rank calls; whole tensors on the CPU of the first rank
     model.state_dict()                       this rank's part, for load_state_dict here; torch.save of it raises
     model.load_state_dict(whole or part)     each rank takes its part of whole tensors
+    torch's DistributedDataParallel, FSDP    refused where they would take parts for copies
     interlace.hf.Trainer                     the same with its optimizer's state: whole on disk, parts in a rank
 
 All of it stands on the model's instance and goes with restore_. A gather holds one whole parameter on each rank; the first rank keeps
@@ -12,6 +13,8 @@ the whole model in host memory, as transformers does. A rank that calls alone is
 from __future__ import annotations
 
 import contextlib
+import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from datetime import timedelta
@@ -45,6 +48,32 @@ class RefusesTrainer(int):
                          "transformers' Trainer, which would take its parts for copies; or call interlace.restore_ first")
 
 
+class RefusesCopies:
+    """The names that torch's DistributedDataParallel shall leave out: none, and an error where its group has ranks with other parts.
+
+    That is the first it asks of a model, before it writes one rank's parts over the others'; its group stands in it already."""
+
+    def __init__(self, model: nn.Module):
+        self.model = weakref.ref(model)
+
+    def __iter__(self) -> Iterator[str]:
+        group = getattr(sys._getframe(1).f_locals.get("self"), "process_group", None)
+        ranks = set() if group is None else set(dist.get_process_group_ranks(group))
+        if wrong := [axis for axis in _axes(self.model()) if group is None or len(ranks & set(axis.ranks)) > 1]:
+            named = ", ".join(f"{axis.name}={axis.size}" for axis in wrong)
+            raise ValueError(f"DistributedDataParallel: its ranks must hold the same parts of the model, got a group across {named}; use "
+                             "interlace.DistributedDataParallel(model, mesh), or pass process_group=mesh.dp.group")
+        return iter(())
+
+
+def _refuse_fsdp(model: Any, args: Any) -> None:
+    """A hook before the forward: FSDP makes parameters of its own, which know nothing of the sums that parts need."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(
+            getattr(m, "_is_fsdp_managed_module", False) for m in model.modules()):
+        raise ValueError("FSDP: a model that replace_ split must not be sharded again, got one that is; use interlace."
+                         "DistributedDataParallel(model, mesh, use_distributed_optimizer=True), whose optimizer's state is sharded over dp")
+
+
 class Part:
     """Stands in the metadata of a state_dict that holds a rank's part, and refuses to be written."""
 
@@ -67,10 +96,11 @@ def guard(model: Any) -> None:
 
     def mark(module: nn.Module, state: dict, prefix: str, local_metadata: dict) -> None:
         local_metadata["interlace"] = Part(tp)
-    handles = [model.register_state_dict_post_hook(mark), model.register_load_state_dict_pre_hook(_take_parts)]
-    added: dict[str, Any] = {}
+    handles = [model.register_state_dict_post_hook(mark), model.register_load_state_dict_pre_hook(_take_parts),
+               model.register_forward_pre_hook(_refuse_fsdp)]
+    added: dict[str, Any] = {"_ddp_params_and_buffers_to_ignore": RefusesCopies(model)}
     if hasattr(model, "save_pretrained"):
-        added = {"save_pretrained": MethodType(_save_pretrained, model)}
+        added["save_pretrained"] = MethodType(_save_pretrained, model)
     if hasattr(model, "_tp_size"):
         added["_tp_size"] = RefusesTrainer(tp.size)
     model._interlace_guard = handles, {name: vars(model).get(name, MISSING) for name in added}

@@ -5,6 +5,7 @@ from ranks import kept, run
 from torch import nn
 
 import interlace
+from interlace.dropin.layers import gather
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Mesh
 from interlace.parallel.sharding import grad_norm
@@ -46,7 +47,6 @@ PLAN = {"blocks.*.fc1": "column", "blocks.*.fc2": "row", "embed": "vocab", "head
 
 
 def gathered(model, t):
-    from interlace.dropin.layers import gather
     return {n: gather(p, p.grad, mesh(t).tp) for n, p in model.named_parameters()}
 
 
@@ -181,3 +181,39 @@ def test_heads_that_do_not_divide():
     from hf import make
     with pytest.raises(ValueError, match=r"4 heads over 2 key / value heads.*use tp in \[1, 2, 4\]"):
         interlace.replace_(make("llama"), Mesh(tp=interlace.Axis("tp", 3)))
+
+
+# ---- torch's own wrappers around a split model --------------------------------------------------------------------
+
+
+def _wrapped(rank):
+    """torch's DistributedDataParallel over ranks with other parts is refused before it writes them, and FSDP in the first forward."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+    m = Mesh.build(Layout(world=4, tp=2))
+    model = Plain().double()
+    interlace.replace_(model, m, plan=PLAN)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"must hold the same parts of the model, got a group across tp=2; use interlace\.Distributed"):
+        DistributedDataParallel(model)
+    with pytest.raises(ValueError, match="a group across tp=2"):
+        DistributedDataParallel(model, process_group=m.tp.group)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    ids = torch.arange(12).view(2, 6)
+
+    class AsIfOverDp:
+        """Torch's own, over a group that not all ranks are in, crashes in these tests' debug mode; it asks so before all else."""
+        process_group = m.dp.group
+
+        def asks(self):
+            return set(model._ddp_params_and_buffers_to_ignore)
+    assert AsIfOverDp().asks() == set()
+    for shard in (lambda x: fully_shard(x), lambda x: FullyShardedDataParallel(x, use_orig_params=True, device_id=torch.device("cpu"))):
+        other = Plain().double()
+        interlace.replace_(other, m, plan=PLAN)
+        with pytest.raises(ValueError, match=r"must not be sharded again.*use_distributed_optimizer=True"):
+            shard(other)(ids % 7)
+
+
+def test_wrapped_by_torch():
+    run(4, _wrapped)
