@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ..dispatch import CUDA, INTERPRET
 from .heap import CollectiveMismatch, SymmHeap, _exchange, _host, heap_of, meet
+from .machine import HOPPER, Machine, here
 
-__all__ = ["OPS", "Pad", "pad_multicast", "pad_of", "pad_room", "reset_pads"]
+__all__ = ["OPS", "Pad", "pad_machine", "pad_multicast", "pad_of", "pad_room", "reset_pads"]
 
 OPS = ("all_reduce", "gemm_ar", "all_gather", "ag_gemm", "reduce_scatter", "gemm_rs", "rs_residual_norm")
 COUNTERS = 1 << 16
@@ -233,6 +234,7 @@ def reset_pads(group: dist.ProcessGroup) -> None:
 
 _rooms: dict[tuple[int, str], int] = {}
 _multicast: set[tuple[int, str]] = set()
+_machines: dict[tuple[int, str], Machine] = {}
 
 
 def pad_room(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> int:
@@ -246,6 +248,9 @@ def pad_room(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> int:
     if key not in _rooms:
         works, multicast = (heap_of(group) is not None, False) if x.is_cpu else _symmetric(group, x.device)
         _rooms[key] = ROOM if works else 0
+        if works and not x.is_cpu:
+            _machines[key] = _exchange(here("cuda", dist.get_world_size(group)), group)[0]   # one for all ranks: they must choose alike
+            weakref.finalize(group, _machines.pop, key, None)
         weakref.finalize(group, _rooms.pop, key, None)
         if multicast:
             _multicast.add(key)
@@ -257,6 +262,11 @@ def pad_multicast(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> bool:
     """Whether multicast_ar serves pads over `group`: they have a multicast address, and csrc/cuda is built, on every rank. After
     pad_room, which asks."""
     return (id(group.group if isinstance(group, SymmHeap) else group), x.device.type) in _multicast
+
+
+def pad_machine(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> Machine:
+    """What the ranks of `group` take for their machine. After pad_room, which asks."""
+    return _machines.get((id(group.group if isinstance(group, SymmHeap) else group), x.device.type), HOPPER)
 
 
 def _symmetric(group: dist.ProcessGroup, device: torch.device) -> tuple[bool, bool]:
