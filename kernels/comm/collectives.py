@@ -28,7 +28,7 @@ from . import overlap
 from .heap import CODES, LIB, SymmHeap, _heaps, heap_of
 from .registry import Group, group_size, register
 
-__all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "group_size", "reduce_scatter"]
+__all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "begin", "group_size", "reduce_scatter"]
 
 _OPS = {"sum": (0, dist.ReduceOp.SUM), "max": (1, dist.ReduceOp.MAX)}
 _unset = object()
@@ -148,6 +148,16 @@ def _all_to_all(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     else:
         y.copy_(x)
     return y
+
+
+def begin(op: str, x: Tensor, group: Group) -> tuple[Tensor, Callable[[], object]]:
+    """torch.distributed's own all_reduce (in place), all_gather or reduce_scatter of a contiguous x, begun in the background: the
+    result, and what waits for it."""
+    pg, size = _torch_group(x, group)
+    if op == "all_reduce":
+        return x, dist.all_reduce(x, group=pg, async_op=True).wait
+    y = x.new_empty(x.shape[0] * size if op == "all_gather" else x.shape[0] // size, *x.shape[1:])
+    return y, (_gather_into if op == "all_gather" else _scatter_into)(y, x, group=pg, async_op=True).wait
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------

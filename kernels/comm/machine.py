@@ -49,7 +49,8 @@ def _processor(device: str) -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return {"cpu": next((ln.split(":")[1].strip() for ln in lines if ln.startswith("model name")), None), "cores": os.cpu_count(), "gpu": None}
+    model = next((ln.split(":")[1].strip() for ln in lines if ln.startswith("model name")), None)
+    return {"cpu": model, "cores": os.cpu_count(), "gpu": None}
 
 
 def _kept(device: str) -> dict[str, Any]:
