@@ -199,3 +199,35 @@ def _beside(rank, world):
 @pytest.mark.parametrize("world", [2, 3])
 def test_wgrad_runs_while_dgrad_is_communicated(world):
     run(world, _beside, world)
+
+
+def test_collectives_of_two_streams_take_turns(monkeypatch):
+    """A kernel over a pad has every SM while it waits for other ranks: nothing that waits for ranks may run beside it. What torch.distributed
+    does on two streams may. A capture waits for nothing outside of it."""
+    from interlace.kernels.comm import pad
+
+    class Stream(str):
+        device = torch.device("cuda", 0)
+
+        def wait_stream(self, other):
+            waits.append(f"{self} for {other}")
+    main, side, waits, now = Stream("main"), Stream("side"), [], {}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now["stream"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.get("captured", False))
+    monkeypatch.setattr(pad, "_spinning", {})
+    monkeypatch.setattr(pad, "_others", {})
+
+    def run(stream, spins):
+        waits.clear()
+        now["stream"] = stream
+        pad.in_turn(torch.device("cuda"), spins)
+        return list(waits)
+    assert run(main, True) == [] == run(main, True)
+    assert run(side, False) == ["side for main"] and run(main, False) == []
+    assert run(main, True) == ["main for side"] and run(main, True) == [], "once is enough"
+    assert run(side, True) == ["side for main"] and run(main, True) == ["main for side"]
+    now["captured"] = True
+    assert run(side, True) == [] and run(main, True) == ["main for side"]
+    now["captured"] = False
+    assert run(side, True) == []
+    pad.in_turn(torch.device("cpu"), True)

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..dispatch import INTERPRET, traced
 from . import overlap
 from .heap import CODES, LIB, SymmHeap, _heaps, heap_of
+from .pad import in_turn
 from .registry import Group, group_size, register
 
 __all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "begin", "group_size", "reduce_scatter"]
@@ -47,9 +48,11 @@ def _heap(x: Tensor, group: Group) -> SymmHeap | None:
 
 
 def _torch_group(x: Tensor, group: Group) -> tuple[dist.ProcessGroup | None, int]:
-    """The process group behind `group`, and its size: 1 for None."""
+    """The process group behind `group`, and its size: 1 for None. Asked before a collective of torch.distributed."""
     if type(group) is SymmHeap:
         group = group.group
+    if x.is_cuda:
+        in_turn(x.device, False)
     return group, 1 if group is None else dist.get_world_size(group)  # type: ignore[return-value, arg-type]
 
 

@@ -29,7 +29,7 @@ from ..dispatch import CUDA, INTERPRET
 from .heap import CollectiveMismatch, SymmHeap, _exchange, _host, heap_of, meet
 from .machine import HOPPER, Machine, here
 
-__all__ = ["OPS", "Pad", "pad_machine", "pad_multicast", "pad_of", "pad_room", "reset_pads"]
+__all__ = ["OPS", "Pad", "in_turn", "pad_machine", "pad_multicast", "pad_of", "pad_room", "reset_pads"]
 
 OPS = ("all_reduce", "gemm_ar", "all_gather", "ag_gemm", "reduce_scatter", "gemm_rs", "rs_residual_norm")
 COUNTERS = 1 << 16
@@ -150,6 +150,8 @@ class Pad:
                 self._agree((self.op, key), "called")
             self._agreed.add(key)
         self.check()
+        if self.group is not None:                                    # virtual ranks must run at once
+            in_turn(self.device, True)
 
     def _agree(self, mine: tuple, what: str) -> None:
         digest = hashlib.sha256(repr(mine).encode()).hexdigest()
@@ -201,6 +203,31 @@ class Pad:
         if not self.fits(nbytes, flags) and self.device.type != "meta":
             raise ValueError(f"{self.op}: the pad of group '{self.name}' must hold {nbytes} bytes and {flags} flags, got {self.nbytes} and "
                              f"{self.flags}; make it with needs() of the largest call")
+
+
+# A kernel over a pad has every SM, and waits in it for other ranks. Were a collective of another stream to hold some of them, and at
+# another rank the other way round, both would wait for ever: so those that this package starts take turns, in the order of the program.
+_spinning: dict[torch.device, Any] = {}                               # the stream of the last kernel over a pad, and whether in a capture
+_others: dict[torch.device, set[Any]] = {}                            # those of collectives of torch.distributed since then
+
+
+def in_turn(device: torch.device, spins: bool) -> None:
+    """Before a collective on the current stream: behind those that must not run beside it, on other streams. spins: a kernel over a pad.
+
+    A capture of a CUDA graph begins with an idle GPU, and what is in it can wait for nothing else."""
+    if device.type != "cuda":
+        return
+    stream = torch.cuda.current_stream(device)
+    now = stream, torch.cuda.is_current_stream_capturing()
+    last, others = _spinning.get(stream.device), _others.setdefault(stream.device, set())
+    for of, captured in {last, *(others if spins else ())} - {None, now}:
+        if captured == now[1]:
+            stream.wait_stream(of)
+    if spins:
+        _spinning[stream.device] = now
+        others.clear()
+    else:
+        others.add(now)
 
 
 _pads: dict[tuple[int, str, int, str], Pad] = {}
