@@ -145,6 +145,9 @@ class Pad:
         Raises: CollectiveMismatch on every rank, naming both; the pad stays usable. TimeoutError as check(), at a first call on every
         rank: one that left an exchange out would leave the others in it."""
         if key not in self._agreed:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"{self.op}: a call must have run once before it is captured in a CUDA graph, got a capture of {key} over "
+                                   f"group '{self.name}'; call it once before")
             if self.group is not None:
                 self.settle()
                 self._agree((self.op, key), "called")
