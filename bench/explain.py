@@ -5,7 +5,7 @@ import torch.distributed as dist
 from ..kernels.comm import heap_of
 from ..kernels.comm.choose import choose
 from ..kernels.comm.heap import WHY_NOT
-from ..kernels.comm.pad import pad_multicast, pad_room
+from ..kernels.comm.pad import pad_machine, pad_multicast, pad_room
 
 __all__ = ["path"]
 
@@ -20,15 +20,15 @@ def path(op: str, group: dist.ProcessGroup | None, device: str, shape: tuple[int
     heap = heap_of(group) if device == "cpu" else None
     x = torch.empty(0, dtype=dtype, device=device)
     room = heap.nbytes if heap is not None else pad_room(x, group) if device != "cpu" else 0
-    multicast = pad_multicast(x, group)
+    multicast, machine = pad_multicast(x, group), heap.machine if heap is not None else pad_machine(x, group) if device != "cpu" else None
     side = "; communicates in the backward" if op in DUALS else ""
     if inner is not None:
         rows, cols = shape                                            # type: ignore[misc]
         return str(choose(DUALS.get(op, op), rows, cols, inner, dtype.itemsize, dist.get_world_size(group), device, room,
-                          multicast=multicast)) + side
+                          multicast=multicast, machine=machine)) + side
     if device != "cpu":
         return str(choose(op, torch.Size(shape).numel(), 1, 0, dtype.itemsize, dist.get_world_size(group), device, room,
-                          multicast=multicast))
+                          multicast=multicast, machine=machine))
     if heap is None:
         return f"torch.distributed: no shared memory among these ranks{f' ({WHY_NOT})' if WHY_NOT else ''}"
     n = dtype.itemsize * torch.Size(shape).numel()

@@ -95,3 +95,55 @@ def _runs(rank):
 
 def test_the_path_named_is_the_path_run():
     run(2, _runs)
+
+
+# ---- the constants --------------------------------------------------------------------------------------------
+
+
+def _roofs(folder, **change):
+    import json
+
+    from interlace.kernels.comm import machine
+    found = {"quick": False, "loaded": False, "copy": {"1": {"65536": 40.0}}, "gemm": {"1": {"float32": 50.0, "bfloat16": 150.0}},
+             "link": {"2": {"4096": 1.0, "1048576": 20.0}}, "provenance": {"hardware": machine._processor("cpu")}} | change
+    folder.mkdir()
+    (folder / "roofs.json").write_text(json.dumps(found))
+
+
+def test_measured_roofs_are_used(tmp_path, monkeypatch):
+    from interlace.kernels.comm import machine
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    here = machine.here.__wrapped__
+    assert here("cpu", 2) == machine.CPU and not machine.CPU.measured
+    _roofs(tmp_path / "a", quick=True)
+    _roofs(tmp_path / "b", loaded=True)
+    _roofs(tmp_path / "c", provenance={"hardware": machine._processor("cpu") | {"cores": 999}})
+    _roofs(tmp_path / "d", gemm={})
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "roofs.json").write_text('{"quick": fal')
+    assert here("cpu", 2) == machine.CPU, "of --quick, under load, of another machine, of another version, half written"
+    _roofs(tmp_path / "D")
+    got = here("cpu", 2)
+    assert got.measured and got.flops == 50e9 and got.rate(2) == pytest.approx(150e9) and got.rate(8) == 50e9 and got.bandwidth == 20e9
+    assert here("cpu", 3).bandwidth == machine.CPU.bandwidth, "no link was measured between three"
+    args = ("gemm_ar", 2048, 1024, 1024, 4, 2, "cpu", SLOT)
+    assert choose(*args, machine=got).seconds > choose(*args).seconds
+
+
+def _one_machine(rank):
+    """Ranks whose roofs differ (a file came between) choose with rank 0's."""
+    from interlace.kernels.comm import agree, heap
+    from interlace.kernels.comm.machine import Machine
+    real, heap.here = heap.here, lambda device, world: Machine(flops=1e9 * (rank + 1))
+    try:
+        made = SymmHeap(dist.group.WORLD, SLOT)
+    finally:
+        heap.here = real
+    assert made.machine == Machine(flops=1e9)
+    x = torch.empty(2048, 1024)
+    assert choose_path("gemm_ar", 2048, 1024, 1024, x, made)[0] == choose("gemm_ar", 2048, 1024, 1024, 4, 2, "cpu", SLOT, machine=made.machine)
+    agree._choose.cache_clear()
+
+
+def test_all_ranks_take_one_machine():
+    run(2, _one_machine)

@@ -131,3 +131,103 @@ def _names(rank):
 
 def test_groups_by_name():
     run(2, _names)
+
+
+# ---- the backward over torch.distributed ----------------------------------------------------------------------
+
+
+def _far(world):
+    """A group whose ranks share no memory, as on several hosts."""
+    import warnings
+
+    from interlace.kernels.comm import heap
+    real, heap._host = heap._host, lambda: f"host{dist.get_rank()}"
+    try:
+        group = dist.new_group(list(range(world)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert heap.heap_of(group) is None
+    finally:
+        heap._host = real
+    return group
+
+
+def _beside(rank, world):
+    """dw is computed between the begin of what it does not need and the wait for it; the same numbers as over shared memory."""
+    import sys
+    near, far, log = dist.group.WORLD, _far(world), []
+    modules = [sys.modules[f"interlace.kernels.comm.{name}"] for name in ("gemm_ar", "gemm_rs")]
+
+    def begin(real):
+        def begun(op, x, group):
+            y, wait = real(op, x, group)
+            log.append(f"begin {op}")
+            return y, lambda: (log.append(f"wait {op}"), wait())
+        return begun
+
+    def gemm(real):
+        return lambda *a, **k: (log.append("gemm"), real(*a, **k))[1]
+    g = torch.Generator().manual_seed(rank)
+    new = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)  # noqa: E731
+    want = {"copy_gemm": ["gemm", "begin all_reduce", "gemm", "wait all_reduce"],
+            "ag_gemm": ["begin all_gather", "gemm", "begin reduce_scatter", "wait all_gather", "gemm", "wait reduce_scatter"],
+            "ag_gemm, kept": ["gemm", "begin reduce_scatter", "gemm", "wait reduce_scatter"]}
+    for name, fn in (("copy_gemm", copy_gemm), ("ag_gemm", ag_gemm), ("ag_gemm, kept", lambda *a: ag_gemm(*a, regather=False))):
+        x, w, results = new(4, 2, 6), new(5, 6), []
+        dy = new(4 if fn is copy_gemm else 4 * world, 2, 5)
+        for group in (near, far):
+            leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+            y = fn(*leaves, group)
+            with pytest.MonkeyPatch.context() as patch:
+                for module in modules:
+                    patch.setattr(module, "begin", begin(module.begin))
+                    patch.setattr(module, "gemm", gemm(module.gemm))
+                log.clear()
+                y.backward(dy)
+            results.append((y.detach(), *(t.grad for t in leaves)))
+            assert group is near or log == want[name], (name, log)
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b)
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        torch.autograd.backward(fn(*leaves, far), dy, inputs=[leaves[0]])   # dx alone
+        torch.testing.assert_close(leaves[0].grad, results[0][1])
+    x, w = new(4 * world, 2, 6), new(5, 6)
+    torch.testing.assert_close(gemm_rs(x, w, far), gemm_rs(x, w, near))
+    torch.testing.assert_close(gemm_ar(x, w, far), gemm_ar(x, w, near))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_wgrad_runs_while_dgrad_is_communicated(world):
+    run(world, _beside, world)
+
+
+def test_collectives_of_two_streams_take_turns(monkeypatch):
+    """A kernel over a pad has every SM while it waits for other ranks: nothing that waits for ranks may run beside it. What torch.distributed
+    does on two streams may. A capture waits for nothing outside of it."""
+    from interlace.kernels.comm import pad
+
+    class Stream(str):
+        device = torch.device("cuda", 0)
+
+        def wait_stream(self, other):
+            waits.append(f"{self} for {other}")
+    main, side, waits, now = Stream("main"), Stream("side"), [], {}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now["stream"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.get("captured", False))
+    monkeypatch.setattr(pad, "_spinning", {})
+    monkeypatch.setattr(pad, "_others", {})
+
+    def run(stream, spins):
+        waits.clear()
+        now["stream"] = stream
+        pad.in_turn(torch.device("cuda"), spins)
+        return list(waits)
+    assert run(main, True) == [] == run(main, True)
+    assert run(side, False) == ["side for main"] and run(main, False) == []
+    assert run(main, True) == ["main for side"] and run(main, True) == [], "once is enough"
+    assert run(side, True) == ["side for main"] and run(main, True) == ["main for side"]
+    now["captured"] = True
+    assert run(side, True) == [] and run(main, True) == ["main for side"]
+    now["captured"] = False
+    assert run(side, True) == []
+    pad.in_turn(torch.device("cpu"), True)

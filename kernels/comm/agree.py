@@ -13,7 +13,8 @@ from torch import Tensor
 from ..dispatch import INTERPRET
 from .choose import Path, choose
 from .heap import CODES, CollectiveMismatch, SymmHeap, heap_of, meet
-from .pad import pad_multicast, pad_room
+from .machine import Machine
+from .pad import pad_machine, pad_multicast, pad_room
 from .registry import Group, group_size
 
 __all__ = ["agree", "check_device", "choose_path", "paths_taken"]
@@ -24,9 +25,9 @@ _taken: dict[tuple, Path] = {}
 
 @functools.cache
 def _choose(op: str, rows: int, cols: int, inner: int, dtype: torch.dtype, world: int, device: str, slot: int, whole: bool,
-            multicast: bool = False) -> Path:
+            multicast: bool = False, machine: Machine | None = None) -> Path:
     """choose, once for each case of this process, and kept for `paths_taken`."""
-    path = choose(op, rows, cols, inner, dtype.itemsize, world, device, slot, whole, multicast)
+    path = choose(op, rows, cols, inner, dtype.itemsize, world, device, slot, whole, multicast, machine)
     _taken[op, rows, cols, inner, dtype, world] = path
     return path
 
@@ -38,11 +39,13 @@ def choose_path(op: str, rows: int, cols: int, inner: int, x: Tensor, group: Gro
     if not x.is_cpu:
         check_device(op, x, group)
     if (INTERPRET or not x.is_cpu) and (room := pad_room(x, group)):
-        return _choose(op, rows, cols, inner, x.dtype, group_size(group), "cuda", room, whole, pad_multicast(x, group)), None
+        return _choose(op, rows, cols, inner, x.dtype, group_size(group), "cuda", room, whole, pad_multicast(x, group),
+                       pad_machine(x, group)), None
     heap = heap_of(group) if x.is_cpu and x.dtype in CODES else None
     world = heap.size if heap is not None else group_size(group)
     device = "cpu" if heap is not None else x.device.type
-    path = _choose(op, rows, cols, inner, x.dtype, world, device, heap.nbytes if heap is not None else 0, whole)
+    path = _choose(op, rows, cols, inner, x.dtype, world, device, heap.nbytes if heap is not None else 0, whole,
+                   machine=heap.machine if heap is not None else None)
     return path, heap if path.name.startswith("heap") else None
 
 

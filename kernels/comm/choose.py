@@ -8,7 +8,7 @@ the same arguments, or is told so by the op's descriptor, hence the same answer:
 
     path                  T = T_gemm + ...             b = rows * cols * itemsize, W ranks
     one rank              0
-    torch.distributed     T_call + v b / B             v = 2 (W-1)/W for gemm_ar, (W-1) for ag_gemm, (W-1)/W for the others
+    torch.distributed     T_skew + T_call + v b / B    v = 2 (W-1)/W for gemm_ar, (W-1) for ag_gemm, (W-1)/W for the others
     heap, copied          T_skew + T_tick + (1 + s) b / B    the product in memory, then the collective; s: passes over b, below
     heap, staged          T_skew + p T_tick + s b / B   the GEMM writes into the buffer, p = slots full of rows
     heap, walked          T_skew / p + (p + 1) T_tick + s b / B   p = halves of a slot, and at least 64 rows each; walk.py
@@ -23,11 +23,13 @@ On CUDA, where the ranks reach each other's memory, `slot` is the room of a pad,
     kernel, then GEMM     T_gemm + v b / B + T_tick                             ag_gemm that returns the gathered x
     one-shot multicast    T_gemm + (W-1) b / B + T_tick + (W+1) b / H           where the pad has a multicast address and csrc/cuda is
     two-shot multicast    T_gemm + (1 + 1/W) b / B + 2 T_tick + 4 b / H         built: all_reduce and gemm_ar, after torch's GEMM
-B: the link, H: the memory of the GPU, t: what a GEMM that overlaps may cost beside one that does not. B, t and the seconds of
-HOPPER are a model until measured, and so is that multicast moves at B.
+B: the link, H: the memory of the GPU, t: what a GEMM that overlaps may cost beside one that does not. The constants: machine.py, measured
+on this machine where its roofs are kept. B, t and the seconds of HOPPER are a model until then, and so is that multicast moves at B.
 A device has the paths of PATHS, no other.
 """
 from dataclasses import dataclass
+
+from .machine import CPU, HOPPER, Machine
 
 __all__ = ["CPU", "HOPPER", "KERNELS", "MULTICAST", "PATHS", "Machine", "Path", "choose"]
 
@@ -37,22 +39,6 @@ PATHS = {"cpu": ("heap, walked", "heap, staged", "heap, copied", "torch.distribu
 ONE_SHOT, WIDEST_NORM = 1 << 20, 16384                                # bytes; elements of a row that one program can hold
 _WALKED, _STAGED = ("gemm_ar", "gemm_rs", "ag_gemm"), ("gemm_ar", "gemm_rs")
 SKEW, LEAST_ROWS = 0.01, 64                                           # blocks of fewer rows than 64 cost the GEMM over 10%
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Of one rank. The defaults were measured on 2 Zen 4 cores, one thread a rank; gloo's over one host. HOPPER: flops and bandwidth
-    as measured elsewhere for H200, the rest assumed."""
-    flops: float = 70e9                                               # FLOP/s of a GEMM
-    bandwidth: float = 12e9                                           # bytes/s of a copy or a sum, read and written
-    tick: float = 4e-6                                                # seconds of a meeting, Python included
-    call: float = 120e-6                                              # of a torch.distributed collective
-    link: float = 1.2e9                                               # bytes/s of a torch.distributed collective
-    tax: float = 1.0                                                  # a GEMM inside an overlapped kernel against one outside
-
-
-CPU = Machine()
-HOPPER = Machine(flops=790e12, bandwidth=4.3e12, tick=4e-6, call=20e-6, link=380e9, tax=1.08)
 
 
 @dataclass(frozen=True)
@@ -70,10 +56,10 @@ class Path:
 def _times(op: str, rows: int, cols: int, inner: int, itemsize: int, world: int, slot: int, whole: bool,
            m: Machine) -> dict[str, float]:
     b, W = rows * cols * itemsize, world
-    gemm = 2.0 * rows * cols * inner * (W if op == "ag_gemm" else 1) / m.flops
+    gemm = 2.0 * rows * cols * inner * (W if op == "ag_gemm" else 1) / m.rate(itemsize)
     volume = {"gemm_ar": 2 * (W - 1) / W, "ag_gemm": W - 1}.get(op, (W - 1) / W)
     passes = {"gemm_ar": W + 1 if b < 256 << 10 else 3, "ag_gemm": 2 * W}.get(op, 1 + 2 / W)
-    times = {"torch.distributed": gemm + m.call + volume * b / m.link}
+    times = {"torch.distributed": gemm + SKEW * gemm + m.call + volume * b / m.link}
     if not slot:
         return times
     times["heap, copied"] = gemm + SKEW * gemm + m.tick + (1 + passes) * b / m.bandwidth
@@ -91,7 +77,7 @@ def _times(op: str, rows: int, cols: int, inner: int, itemsize: int, world: int,
 def _kernel_times(op: str, rows: int, cols: int, inner: int, itemsize: int, world: int, room: int, whole: bool, multicast: bool,
                   m: Machine) -> dict[str, float]:
     b, W = rows * cols * itemsize, world
-    gemm = 2.0 * rows * cols * inner * (W if op == "ag_gemm" else 1) / m.flops
+    gemm = 2.0 * rows * cols * inner * (W if op == "ag_gemm" else 1) / m.rate(itemsize)
     sums, gathers = op in ("gemm_ar", "all_reduce"), op in ("ag_gemm", "all_gather")
     sent = b * (2 * (W - 1) / W if sums else W - 1 if gathers else (W - 1) / W) / m.link
     times = {"torch.distributed": gemm + m.call + sent}
@@ -131,7 +117,7 @@ def choose(op: str, rows: int, cols: int, inner: int, itemsize: int, world: int,
     the ranks' memory has a multicast address, and csrc/cuda is built."""
     machine = machine or (HOPPER if device == "cuda" else CPU)
     if world == 1:
-        return Path("one rank", 2.0 * rows * cols * inner / machine.flops, "nothing is communicated")
+        return Path("one rank", 2.0 * rows * cols * inner / machine.rate(itemsize), "nothing is communicated")
     sizes = op, rows, cols, inner, itemsize, world, slot, whole
     times = _kernel_times(*sizes, multicast, machine) if device == "cuda" else _times(*sizes, machine)
     order = [name for name in PATHS.get(device, ("torch.distributed",)) if name in times]

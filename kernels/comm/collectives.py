@@ -26,9 +26,10 @@ from torch import Tensor
 from ..dispatch import INTERPRET, traced
 from . import overlap
 from .heap import CODES, LIB, SymmHeap, _heaps, heap_of
+from .pad import in_turn
 from .registry import Group, group_size, register
 
-__all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "group_size", "reduce_scatter"]
+__all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "begin", "group_size", "reduce_scatter"]
 
 _OPS = {"sum": (0, dist.ReduceOp.SUM), "max": (1, dist.ReduceOp.MAX)}
 _unset = object()
@@ -47,9 +48,11 @@ def _heap(x: Tensor, group: Group) -> SymmHeap | None:
 
 
 def _torch_group(x: Tensor, group: Group) -> tuple[dist.ProcessGroup | None, int]:
-    """The process group behind `group`, and its size: 1 for None."""
+    """The process group behind `group`, and its size: 1 for None. Asked before a collective of torch.distributed."""
     if type(group) is SymmHeap:
         group = group.group
+    if x.is_cuda:
+        in_turn(x.device, False)
     return group, 1 if group is None else dist.get_world_size(group)  # type: ignore[return-value, arg-type]
 
 
@@ -148,6 +151,16 @@ def _all_to_all(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     else:
         y.copy_(x)
     return y
+
+
+def begin(op: str, x: Tensor, group: Group) -> tuple[Tensor, Callable[[], object]]:
+    """torch.distributed's own all_reduce (in place), all_gather or reduce_scatter of a contiguous x, begun in the background: the
+    result, and what waits for it."""
+    pg, size = _torch_group(x, group)
+    if op == "all_reduce":
+        return x, dist.all_reduce(x, group=pg, async_op=True).wait
+    y = x.new_empty(x.shape[0] * size if op == "all_gather" else x.shape[0] // size, *x.shape[1:])
+    return y, (_gather_into if op == "all_gather" else _scatter_into)(y, x, group=pg, async_op=True).wait
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 Shapes    gemm_ar: x [..., K/t], w [N, K/t] -> y [..., N], equal on all ranks
           copy_gemm: x [..., K] equal on all ranks, w [N/t, K] -> y [..., N/t]
 Backward  gemm_ar: dx = dy @ w, dw = dy.T @ x, no communication     copy_gemm: dx = gemm_ar(dy, w.T), dw = dy.T @ x
+          copy_gemm over torch.distributed: dw is computed while dx is summed in the background. A kernel of ours has every SM
+          to itself, and on a CPU's heap one core does both: there dw follows
 Bytes     one all-reduce of M * N * itemsize (collectives.py)       FLOPs  2 M N K / t a pass
 Numerics  the product in the type's own GEMM, then a sum in rank order with fp32 accumulation: bitwise equal on all ranks
 Source    f and g of Megatron-LM, arXiv:1909.08053
@@ -11,14 +13,19 @@ On a CPU the product is written straight into this rank's slot of the heap, bloc
 still in cache: no copy-in. There is no overlap on a CPU, in the backward neither: the gain is the faster collective and the
 saved pass. Which path, and what it costs: choose.py.
 """
+import functools
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
+from ..dispatch import traced
 from . import overlap
 from .agree import agree, choose_path
 from .choose import KERNELS
-from .collectives import all_reduce
+from .collectives import all_reduce, begin
 from .gemm import check_gemm, flat, gemm, ready
-from .registry import Group, register
+from .registry import Group, group_of, register
 from .walk import summed_product
 
 # ---- reference ------------------------------------------------------------------------------------------------
@@ -31,8 +38,8 @@ def gemm_ar_ref(x: Tensor, w: Tensor, group: Group) -> Tensor:
 # ---- op -------------------------------------------------------------------------------------------------------
 
 
-def reduced_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
-    """all_reduce(a @ b) for 2-d a and b, by the path that `choose` names."""
+def reduced_product(a: Tensor, b: Tensor, group: Group, meanwhile: Callable[[], object] | None = None) -> Tensor:
+    """all_reduce(a @ b) for 2-d a and b, by the path that `choose` names. meanwhile: called where the sum is made in the background."""
     path, heap = choose_path("gemm_ar", a.shape[0], b.shape[1], a.shape[1], a, group)
     if path.name == "one rank":
         return gemm(a, b)
@@ -41,13 +48,17 @@ def reduced_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
     (M, K), N = a.shape, b.shape[1]
     if path.name == "heap, walked":
         return summed_product("gemm_ar", a, b, heap, 0, M)
+    if path.name == "torch.distributed":
+        agree("gemm_ar", group, rows=M, cols=N, inner=K, dtype=a.dtype)
+        y, wait = begin("all_reduce", gemm(a, b), group)
+        if meanwhile is not None:
+            meanwhile()
+        wait()
+        return y
     if path.name != "heap, staged":
         y = gemm(a, b)
-        if heap is None:
-            agree("gemm_ar", group, rows=M, cols=N, inner=K, dtype=a.dtype)
-        else:
-            heap.serve("gemm_ar", M, N, K)
-        return all_reduce(y, heap or group, out=y)
+        heap.serve("gemm_ar", M, N, K)
+        return all_reduce(y, heap, out=y)
     y, packed = a.new_empty(M, N), ready(b)
     step = heap.nbytes // max(1, N * a.element_size())               # rows that fit a slot
     for i in range(0, max(M, 1), step):
@@ -87,8 +98,12 @@ def _gemm_ar_backward(ctx, dy):
 
 def _copy_gemm_backward(ctx, dy):
     x, w = ctx.saved_tensors
-    dx = _gemm_ar(dy, w.t(), ctx.group) if ctx.needs_input_grad[0] else None
-    return dx, _dw(dy, x, w) if ctx.needs_input_grad[1] else None, None
+    dw = functools.cache(lambda: _dw(dy, x, w) if ctx.needs_input_grad[1] else None)
+    if not ctx.needs_input_grad[0]:
+        return None, dw(), None
+    if traced() or torch.is_grad_enabled():                           # to be recorded: as ops
+        return _gemm_ar(dy, w.t(), ctx.group), dw(), None
+    return reduced_product(flat(dy), w, group_of(ctx.group), dw).view(x.shape), dw(), None
 
 
 def _fake(x: Tensor, w: Tensor, world: int) -> Tensor:

@@ -3,19 +3,25 @@
 Shapes    gemm_rs: x [S, ..., K/t], w [N, K/t] -> y [S/t, ..., N]      ag_gemm: x [S/t, ..., K], w [N/t, K] -> y [S, ..., N/t]
 Backward  gemm_rs: dyg = all_gather(dy); dx = dyg @ w, dw = dyg.T @ x
           ag_gemm: dx = gemm_rs(dy, w.T), dw = dy.T @ all_gather(x): x is gathered again rather than kept t times as
-          large (regather=False keeps it)
+          large (regather=False keeps it). Over torch.distributed x comes in the background while dx is multiplied, and
+          dw is computed while dx is scattered; else dw follows (gemm_ar.py says why)
 Bytes     one reduce-scatter of M * N, or one all-gather of M * K, times itemsize (collectives.py)   FLOPs  2 M N K / t a pass
 Numerics  the product in the type's own GEMM, then a sum in rank order with fp32 accumulation
 Source    sequence parallelism, arXiv:2205.05198
 """
+import functools
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
+from ..dispatch import traced
 from . import overlap
 from .agree import agree, choose_path
 from .choose import KERNELS
-from .collectives import _gather, all_gather, reduce_scatter
+from .collectives import _gather, all_gather, begin, reduce_scatter
 from .gemm import check_gemm, flat, gemm
-from .registry import Group, group_size, register
+from .registry import Group, group_of, group_size, register
 from .walk import gathered_product, summed_product
 
 # ---- reference ------------------------------------------------------------------------------------------------
@@ -32,8 +38,8 @@ def ag_gemm_ref(x: Tensor, w: Tensor, group: Group) -> Tensor:
 # ---- op -------------------------------------------------------------------------------------------------------
 
 
-def scattered_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
-    """reduce_scatter(a @ b, dim 0) for 2-d a and b, by the path that `choose` names."""
+def scattered_product(a: Tensor, b: Tensor, group: Group, meanwhile: Callable[[], object] | None = None) -> Tensor:
+    """reduce_scatter(a @ b, dim 0) for 2-d a and b, by the path that `choose` names. meanwhile: as in reduced_product."""
     (M, K), N = a.shape, b.shape[1]
     path, heap = choose_path("gemm_rs", M, N, K, a, group)
     if path.name == "one rank":
@@ -43,12 +49,16 @@ def scattered_product(a: Tensor, b: Tensor, group: Group) -> Tensor:
     if path.name == "heap, walked":
         part = M // heap.size
         return summed_product("gemm_rs", a, b, heap, heap.rank * part, (heap.rank + 1) * part)
-    y = gemm(a, b, out=heap.stage((M, N), a.dtype) if path.name == "heap, staged" else None)
-    if heap is None:
+    if path.name == "torch.distributed":
         agree("gemm_rs", group, rows=M, cols=N, inner=K, dtype=a.dtype)
-    else:
-        heap.serve("gemm_rs", M, N, K)
-    return reduce_scatter(y, heap or group)
+        y, wait = begin("reduce_scatter", gemm(a, b), group)
+        if meanwhile is not None:
+            meanwhile()
+        wait()
+        return y
+    y = gemm(a, b, out=heap.stage((M, N), a.dtype) if path.name == "heap, staged" else None)
+    heap.serve("gemm_rs", M, N, K)
+    return reduce_scatter(y, heap)
 
 
 def _gemm_rs_run(x: Tensor, w: Tensor, group: Group) -> Tensor:
@@ -66,11 +76,14 @@ def _ag_gemm_run(x: Tensor, w: Tensor, gathered: bool, group: Group) -> tuple[Te
         return gathered_product(rows, b, heap).view(shape), none
     if path.name == "overlapped kernel":
         return overlap.gathered_product(rows, w, group).view(shape), none
-    if heap is not None:
-        heap.serve("ag_gemm", m, K, N)
-    elif path.name == "torch.distributed":
+    if path.name == "torch.distributed":
         agree("ag_gemm", group, rows=m, cols=K, inner=N, dtype=x.dtype)
-    xs = all_gather(rows, heap or group)
+        xs, wait = begin("all_gather", rows.contiguous(), group)
+        wait()
+    else:
+        if heap is not None:
+            heap.serve("ag_gemm", m, K, N)
+        xs = all_gather(rows, heap or group)
     return gemm(xs, b).view(shape), xs if gathered else none
 
 
@@ -98,9 +111,27 @@ def _ag_gemm_setup(ctx, inputs, output):
 
 def _ag_gemm_backward(ctx, dy, _):
     x, w = ctx.saved_tensors
-    dx = _gemm_rs(dy, w.t(), ctx.group) if ctx.needs_input_grad[0] else None
-    dw = gemm(flat(dy).t(), x if ctx.kept else _gather(flat(x), ctx.group)) if ctx.needs_input_grad[1] else None
-    return dx, dw, None, None
+    wants_x, wants_w = ctx.needs_input_grad[:2]
+    if traced() or torch.is_grad_enabled():                           # to be recorded: as ops
+        dx = _gemm_rs(dy, w.t(), ctx.group) if wants_x else None
+        return dx, gemm(flat(dy).t(), x if ctx.kept else _gather(flat(x), ctx.group)) if wants_w else None, None, None
+    group, rows, coming = group_of(ctx.group), flat(dy), None
+    path, _ = choose_path("gemm_rs", rows.shape[0], w.shape[1], w.shape[0], dy, group)
+    if path.name == "torch.distributed" and wants_w and not ctx.kept:
+        coming = begin("all_gather", flat(x).contiguous(), group)
+
+    @functools.cache
+    def dw() -> Tensor | None:
+        if not wants_w:
+            return None
+        whole = x if ctx.kept else _gather(flat(x), group) if coming is None else coming[0]
+        if coming is not None:
+            coming[1]()
+        return gemm(rows.t(), whole)
+    if not wants_x:
+        return None, dw(), None, None
+    dx = scattered_product(rows, w, group, dw)
+    return dx.view(dy.shape[0] // group_size(group), *dy.shape[1:-1], w.shape[1]), dw(), None, None
 
 
 def _fake_ag(x: Tensor, w: Tensor, gathered: bool, world: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..dispatch import build_info
+from .machine import Machine, here
 
 __all__ = ["CODES", "CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHeap", "by_hand", "heap_of", "meet"]
 
@@ -236,7 +237,7 @@ class SymmHeap:
         self.handle, self._base = 0, 0
         if nbytes <= 0 or timeout <= 0:
             raise ValueError(f"SymmHeap: nbytes and timeout must be positive, got {nbytes} and {timeout}")
-        peers = _exchange((WHY_NOT, _host(), self.nbytes, os.getpid(), dist.get_rank()), group)
+        peers = _exchange((WHY_NOT, _host(), self.nbytes, os.getpid(), dist.get_rank(), here("cpu", self.size)), group)
         for r, (why, host, size, *_) in enumerate(peers):
             if why:
                 raise HeapUnavailable(f"rank {r} of group '{self.name}': {why}")
@@ -246,6 +247,7 @@ class SymmHeap:
             if size != peers[0][2]:
                 raise ValueError(f"SymmHeap: nbytes must be the same on all ranks, got {peers[0][2]} on rank 0 and {size} on rank {r}")
         self._pids, self._global = ((ctypes.c_int * self.size)(*column) for column in itertools.islice(zip(*peers), 3, 5))
+        self.machine: Machine = peers[0][5]                           # one for all ranks: they must choose alike
         self._join(directory, timeout, _buffers)
         assert self._segment is not None
         self._all: Tensor | None = self._segment.view(0, 2 * self.nbytes * self.size)

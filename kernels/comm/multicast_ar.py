@@ -10,8 +10,9 @@ Bytes     sent per rank: one-shot b, two-shot (1 + 1/W) b, against (W-1) b and 2
 Numerics  one-shot: in rank order in fp32, one rounding: the bits of one_shot of triton_ar. Two-shot: the switch adds, in its own order,
           16-bit types in fp32, and rounds once: one rank reads each sum and sends it to all, so every rank has the same bits; that two
           runs, or another W, add in one order nobody promises
-GEMM      gemm_ar takes torch's product and reduces it in place. The product is not written into the pad by the GEMM itself: that
-          could not be kept from writing after a wait has run out, when a late rank may still read
+GEMM      gemm_ar takes torch's product and reduces it in place. The product is not written into the pad by the GEMM itself: a GEMM has
+          one address, also in a CUDA graph, and which buffer is in turn only device memory knows; nor could it be kept from writing
+          after a wait has run out, when a late rank may still read
 Source    PTX ISA, multimem and the memory consistency model; two-shot over NVLink SHARP as in NCCL's NVLS; the protocol is this package's
 """
 import torch

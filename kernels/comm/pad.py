@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ..dispatch import CUDA, INTERPRET
 from .heap import CollectiveMismatch, SymmHeap, _exchange, _host, heap_of, meet
+from .machine import HOPPER, Machine, here
 
-__all__ = ["OPS", "Pad", "pad_multicast", "pad_of", "pad_room", "reset_pads"]
+__all__ = ["OPS", "Pad", "in_turn", "pad_machine", "pad_multicast", "pad_of", "pad_room", "reset_pads"]
 
 OPS = ("all_reduce", "gemm_ar", "all_gather", "ag_gemm", "reduce_scatter", "gemm_rs", "rs_residual_norm")
 COUNTERS = 1 << 16
@@ -144,11 +145,16 @@ class Pad:
         Raises: CollectiveMismatch on every rank, naming both; the pad stays usable. TimeoutError as check(), at a first call on every
         rank: one that left an exchange out would leave the others in it."""
         if key not in self._agreed:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"{self.op}: a call must have run once before it is captured in a CUDA graph, got a capture of {key} over "
+                                   f"group '{self.name}'; call it once before")
             if self.group is not None:
                 self.settle()
                 self._agree((self.op, key), "called")
             self._agreed.add(key)
         self.check()
+        if self.group is not None:                                    # virtual ranks must run at once
+            in_turn(self.device, True)
 
     def _agree(self, mine: tuple, what: str) -> None:
         digest = hashlib.sha256(repr(mine).encode()).hexdigest()
@@ -202,6 +208,31 @@ class Pad:
                              f"{self.flags}; make it with needs() of the largest call")
 
 
+# A kernel over a pad has every SM, and waits in it for other ranks. Were a collective of another stream to hold some of them, and at
+# another rank the other way round, both would wait for ever: so those that this package starts take turns, in the order of the program.
+_spinning: dict[torch.device, Any] = {}                               # the stream of the last kernel over a pad, and whether in a capture
+_others: dict[torch.device, set[Any]] = {}                            # those of collectives of torch.distributed since then
+
+
+def in_turn(device: torch.device, spins: bool) -> None:
+    """Before a collective on the current stream: behind those that must not run beside it, on other streams. spins: a kernel over a pad.
+
+    A capture of a CUDA graph begins with an idle GPU, and what is in it can wait for nothing else."""
+    if device.type != "cuda":
+        return
+    stream = torch.cuda.current_stream(device)
+    now = stream, torch.cuda.is_current_stream_capturing()
+    last, others = _spinning.get(stream.device), _others.setdefault(stream.device, set())
+    for of, captured in {last, *(others if spins else ())} - {None, now}:
+        if captured == now[1]:
+            stream.wait_stream(of)
+    if spins:
+        _spinning[stream.device] = now
+        others.clear()
+    else:
+        others.add(now)
+
+
 _pads: dict[tuple[int, str, int, str], Pad] = {}
 
 
@@ -233,6 +264,7 @@ def reset_pads(group: dist.ProcessGroup) -> None:
 
 _rooms: dict[tuple[int, str], int] = {}
 _multicast: set[tuple[int, str]] = set()
+_machines: dict[tuple[int, str], Machine] = {}
 
 
 def pad_room(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> int:
@@ -246,6 +278,9 @@ def pad_room(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> int:
     if key not in _rooms:
         works, multicast = (heap_of(group) is not None, False) if x.is_cpu else _symmetric(group, x.device)
         _rooms[key] = ROOM if works else 0
+        if works and not x.is_cpu:
+            _machines[key] = _exchange(here("cuda", dist.get_world_size(group)), group)[0]   # one for all ranks: they must choose alike
+            weakref.finalize(group, _machines.pop, key, None)
         weakref.finalize(group, _rooms.pop, key, None)
         if multicast:
             _multicast.add(key)
@@ -257,6 +292,11 @@ def pad_multicast(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> bool:
     """Whether multicast_ar serves pads over `group`: they have a multicast address, and csrc/cuda is built, on every rank. After
     pad_room, which asks."""
     return (id(group.group if isinstance(group, SymmHeap) else group), x.device.type) in _multicast
+
+
+def pad_machine(x: Tensor, group: dist.ProcessGroup | SymmHeap) -> Machine:
+    """What the ranks of `group` take for their machine. After pad_room, which asks."""
+    return _machines.get((id(group.group if isinstance(group, SymmHeap) else group), x.device.type), HOPPER)
 
 
 def _symmetric(group: dist.ProcessGroup, device: torch.device) -> tuple[bool, bool]:
