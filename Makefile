@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install -q -c constraints.txt
 STAMP = .venv/.stamp
 
-.PHONY: setup train test test-all lint tree gpu-report cuda-build-check bench clean
+.PHONY: setup train test test-all lint tree gpu-report cuda-build-check readme bench clean
 
 setup: $(STAMP)
 	@.venv/bin/python setup.py -q build_ext --inplace
@@ -53,6 +53,10 @@ cuda-build-check:
 	@start=$$(date +%s); INTERLACE_BUILD=cuda $(CUDA_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall . \
 		&& echo "pip install . took $$(($$(date +%s) - start)) s"
 	$(CUDA_VENV)/bin/python tests/cuda_build_check.py
+
+# README's column "measured" from the rows that are kept; MEASURE="rope gemm_ar" or MEASURE=all: measures their cases first.
+readme: setup
+	.venv/bin/python -m interlace.bench.readme $(if $(MEASURE),--measure $(filter-out all,$(MEASURE)))
 
 bench: setup
 	.venv/bin/python -m pytest bench --benchmark-only
