@@ -29,6 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-m", "gpu"]
+# The tests mostly wait for Triton to compile. A file to a worker: what it compiled it uses again.
+PARALLEL = ["-n", "4", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
 # One small shape of each kernel: under the sanitizer a launch costs a second.
 SMALL = ["tests/test_rms_norm.py", "tests/test_layer_norm.py", "tests/test_swiglu.py", "tests/test_rope.py", "tests/test_dropout.py",
          "tests/test_cross_entropy.py"]
@@ -49,7 +51,7 @@ def commands() -> dict[str, tuple[float, list[list[str]]]]:
                "-k", "kernel_matches and float32", *SMALL] for tool in ("memcheck", "racecheck")]
     return {
         "doctor": (45, [[sys.executable, "-m", "interlace", "doctor"]]),
-        "tests": (150, [[*PYTEST, "-vv", "--durations=10", "tests"]]),
+        "tests": (150, [[*PYTEST, *PARALLEL, "-vv", "--durations=10", "tests"]]),
         "bench": (175, [[sys.executable, "-m", "interlace", "bench", "--device", "cuda", "--quick", "--seconds", "140", "--out",
                          str(MEASURED)]]),
         "sanitizer": (90, checks),
