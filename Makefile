@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install -q -c constraints.txt
 STAMP = .venv/.stamp
 
-.PHONY: setup train test test-all lint tree gpu-report cuda-build-check bench clean
+.PHONY: setup train test test-all lint tree gpu-report cuda-build-check readme bench clean
 
 setup: $(STAMP)
 	@.venv/bin/python setup.py -q build_ext --inplace
@@ -37,9 +37,12 @@ tree:
 
 # On a machine with one NVIDIA GPU and a CUDA torch: nothing is installed, csrc is built in place. PYTHONSAFEPATH (Python 3.11): else
 # -m puts this folder first, whose interlace/ is but the front door.
+# The build counts as part of the 9 minutes. DRY=1, or no GPU: what is missing and what would run.
 gpu-report: tree
-	$(PYTHON) setup.py -q build_ext --inplace
-	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/tree:$$PYTHONPATH $(PYTHON) -m interlace.bench.gpu_report --out $(or $(OUT),gpu-report) $(if $(PART),--part $(PART))
+	@since=$$(date +%s); \
+	$(if $(DRY),true,$(PYTHON) setup.py -q build_ext --inplace) || echo "gpu-report: csrc was not built; goes on without it" >&2; \
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/tree:$$PYTHONPATH $(PYTHON) -m interlace.bench.gpu_report --since $$since \
+		--out "$(or $(OUT),gpu-report)" $(if $(PART),--part $(PART)) $(if $(DRY),--dry-run)
 
 # Needs nvcc of CUDA 13, no GPU. A venv of its own with the oldest pair of torch and Triton that is tested, a CUDA build of gigabytes.
 CUDA_VENV ?= build/cuda-venv
@@ -50,6 +53,10 @@ cuda-build-check:
 	@start=$$(date +%s); INTERLACE_BUILD=cuda $(CUDA_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall . \
 		&& echo "pip install . took $$(($$(date +%s) - start)) s"
 	$(CUDA_VENV)/bin/python tests/cuda_build_check.py
+
+# README's column "measured" from the rows that are kept; MEASURE="rope gemm_ar" or MEASURE=all: measures their cases first.
+readme: setup
+	.venv/bin/python -m interlace.bench.readme $(if $(MEASURE),--measure $(filter-out all,$(MEASURE)))
 
 bench: setup
 	.venv/bin/python -m pytest bench --benchmark-only

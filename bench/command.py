@@ -47,6 +47,8 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("bench: must be one process, got torchrun's; it starts its own ranks: interlace bench --nproc N")
     if args.threshold < 1:
         raise UserError(f"bench: --threshold must be >= 1, the time now over the time then, got {args.threshold}")
+    if args.seconds is not None and not args.seconds > 0:
+        raise UserError(f"bench: --seconds must be > 0, got {args.seconds}")
     world = ranks_of(args)
     from .report import WRONG
     from .rows import read_old
@@ -126,15 +128,18 @@ def _measure(args: argparse.Namespace, names: list[str], folder: Path, world: in
         plan = [(ranks, [name]) for ranks, of in plan for name in of]
     left = [sum(case.key() not in had for name in of for had in [measured(folder, name, run)] for case in load(name).cases(sweep, ranks))
             for ranks, of in plan]
-    _estimate(sum(left), sum(len(of) for _, of in plan), args.quick)
+    if args.seconds is None:
+        _estimate(sum(left), sum(len(of) for _, of in plan), args.quick)
     start, whole, worst = time.monotonic(), sum(left), 0
     for i, (ranks, of) in enumerate(plan):
+        if args.seconds is not None:                                  # what is left, by ops
+            job["seconds"] = (args.seconds - (time.monotonic() - start)) * len(of) / sum(len(names) for _, names in plan[i:])
         if left[i] and (status := launch(ranks, "interlace.bench.run:ops", {"names": of, **job}, again=AGAIN)):
             worst = max(worst, status)
             if status >= 128:                                         # Ctrl-C; after any other end the next op is measured
                 break
         done, rest = sum(left[:i + 1]), sum(left[i + 1:])
-        if rest and left[i] and not args.quick:
+        if rest and left[i] and not args.quick and args.seconds is None:
             _say(f"{of[0]}: {left[i]} cases; {done} of {whole} done, about {_words((time.monotonic() - start) / done * rest)} left")
     return worst
 

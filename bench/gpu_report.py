@@ -3,45 +3,58 @@
     part        what                                                                            seconds at most
     doctor      versions, build tiers, topology, self-test                                      45
     tests       every test marked gpu                                                           150
-    bench       every op in its GPU sizes; tables and plots, of what there is when it is cut    200, the last 25 for these
-    sanitizer   compute-sanitizer memcheck and racecheck over the kernels' small cases          100
+    bench       every op in its GPU sizes, each for its share of the time; tables and plots     200, the last 25 for these
+    sanitizer   compute-sanitizer memcheck and racecheck over the kernels' small cases          90
 
     --out holds report.md, a log of each part, and bench.tar.gz (rows, roofs, tables, plots), packed anew every 15 s: 6 files
 
-Runs from the source tree (the Makefile builds csrc and puts a link tree on PYTHONPATH; nothing is installed), in under 9
-minutes, and writes each part to --out as it goes, so that a run that is cut short leaves what it had. Exit status 1 when a
-part failed or was cut short; report.md says which.
+Runs from the source tree (the Makefile builds csrc and puts a link tree on PYTHONPATH; nothing is installed, caches lie in
+build/), in under 9 minutes from when `make` began, and writes each part to --out as it goes, so that a run that is cut short
+leaves what it had. After a slow build every part gets proportionally less. Exit status 1 when a part failed or was cut short;
+report.md says which. Without a GPU, or with --dry-run, nothing runs: it says what is missing and which commands it would run.
 """
 import argparse
+import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-m", "gpu"]
+# The tests mostly wait for Triton to compile. A file to a worker: what it compiled it uses again.
+PARALLEL = ["-n", "4", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
 # One small shape of each kernel: under the sanitizer a launch costs a second.
 SMALL = ["tests/test_rms_norm.py", "tests/test_layer_norm.py", "tests/test_swiglu.py", "tests/test_rope.py", "tests/test_dropout.py",
          "tests/test_cross_entropy.py"]
-
-
 MEASURED = ROOT / "build" / "gpu-bench"                               # where the bench writes: some 20 files
+TOTAL = 525.0                                                         # seconds from the start of `make`
+LARGEST = 15 << 20                                                    # bytes of a file in --out
+GRACE = 8.0                                                           # seconds from SIGINT, at which all sum up, to SIGKILL
+REFUSED = "Device not supported"                                      # what compute-sanitizer says under some virtual machines
+
+
+def sanitizer() -> str:
+    return shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
 
 def commands() -> dict[str, tuple[float, list[list[str]]]]:
     """part -> (seconds at most, commands)."""
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    checks = [[sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *PYTEST, "-x",
+    checks = [[sanitizer(), "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *PYTEST, "-x",
                "-k", "kernel_matches and float32", *SMALL] for tool in ("memcheck", "racecheck")]
     return {
         "doctor": (45, [[sys.executable, "-m", "interlace", "doctor"]]),
-        "tests": (150, [[*PYTEST, "--durations=10", "tests"]]),
-        "bench": (175, [[sys.executable, "-m", "interlace", "bench", "--device", "cuda", "--quick", "--out", str(MEASURED)]]),
-        "sanitizer": (100, checks),
+        "tests": (150, [[*PYTEST, *PARALLEL, "-vv", "--durations=10", "tests"]]),
+        "bench": (175, [[sys.executable, "-m", "interlace", "bench", "--device", "cuda", "--quick", "--seconds", "140", "--out",
+                         str(MEASURED)]]),
+        "sanitizer": (90, checks),
     }
 
 
@@ -49,79 +62,170 @@ def commands() -> dict[str, tuple[float, list[list[str]]]]:
 AFTERWARDS = {"bench": (25.0, [sys.executable, "-m", "interlace.bench.report", str(MEASURED)])}
 
 
+def environment() -> dict[str, str]:
+    """Of the commands: output as it comes, and no cache outside the tree, for HOME may be read-only."""
+    caches = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "XDG_CACHE_HOME": "", "MPLCONFIGDIR": "matplotlib"}
+    folder = ROOT / "build" / "cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {**os.environ, "PYTHONUNBUFFERED": "1", **{name: str(folder / sub) for name, sub in caches.items()}}
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch
+
+
+def missing() -> list[str]:
+    """What this machine lacks, the GPU first; only that one stops the report."""
+    torch, lacks = _torch(), []
+    if torch is None or torch.version.cuda is None:
+        lacks.append(f"a CUDA build of torch: this is {torch.__version__ if torch else 'none'}; everything needs it")
+    if torch is None or not torch.cuda.is_available():
+        lacks.append("a CUDA device that torch can use: everything needs it")
+    packages = {"triton": "every kernel", "pytest": "tests and sanitizers", "pytest_benchmark": "`pytest bench`", "hypothesis": "tests",
+                "numpy": "tests", "rich": "tables on a terminal", "matplotlib": "plots", "omegaconf": "tests of the command line",
+                "transformers": "the bench replace, tests of Hugging Face models", "safetensors": "tests of checkpoints"}
+    lacks += [f"the package {name}, for {who}" for name, who in packages.items() if importlib.util.find_spec(name) is None]
+    lacks += [f"the program {Path(p).name}, for {who}" for p, who in (("nvcc", "the build of csrc/cuda"), (sanitizer(), "the sanitizers"))
+              if shutil.which(p) is None]
+    return lacks
+
+
 def pack(out: Path) -> None:
-    """What the bench has written so far, as one file."""
-    if MEASURED.exists():
-        new = out / ".bench.tar.gz"
+    """What the bench has written so far, as one file; without the plots where it would be too large, without the rows if even so."""
+    if not MEASURED.exists():
+        return
+    new = out / ".bench.tar.gz"
+    for keep in (lambda name: True, lambda name: "/plots" not in name, lambda name: not name.endswith(".jsonl") and "/plots" not in name):
         with tarfile.open(new, "w:gz") as tar:
-            tar.add(MEASURED, "bench")
-        new.replace(out / "bench.tar.gz")
+            tar.add(MEASURED, "bench", filter=lambda info, keep=keep: info if keep(info.name) else None)   # type: ignore[misc]
+        if new.stat().st_size <= LARGEST:
+            break
+    new.replace(out / "bench.tar.gz")
 
 
-def wait(proc: subprocess.Popen, seconds: float, out: Path) -> int:
-    """The exit status; packs what is there meanwhile. Raises: subprocess.TimeoutExpired."""
+def cut(log: Path) -> None:
+    """A log that is too large loses its middle."""
+    if log.stat().st_size > LARGEST:
+        text, half = log.read_bytes(), LARGEST // 2 - 100
+        log.write_bytes(text[:half] + b"\n... %d bytes left out ...\n" % (len(text) - 2 * half) + text[-half:])
+
+
+def wait(proc: subprocess.Popen, seconds: float, tick: Callable[[], None]) -> int | None:
+    """The exit status, None past the limit; ticks every 15 s meanwhile."""
     end = time.monotonic() + seconds
     while True:
         left = end - time.monotonic()
         try:
             return proc.wait(min(15, max(left, 0)))
         except subprocess.TimeoutExpired:
-            pack(out)
+            tick()
             if left <= 15:
-                raise
+                return None
+
+
+def stop(proc: subprocess.Popen) -> None:
+    """Ctrl-C, then death, of the command and all that it started."""
+    for number, seconds in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
+        try:
+            os.killpg(proc.pid, number)
+            proc.wait(seconds)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
 
 
 def run_part(seconds: float, todo: list[list[str]], log: Path, mode: str = "w") -> tuple[str, float]:
-    """Run the commands one after another into `log`. Returns: "ok", "failed" or "cut short", and the seconds it took."""
+    """Run the commands one after another into `log`, each for at most its share of what is left.
+    Returns: "ok", "failed" or "cut short", and the seconds it took."""
     start, verdict = time.monotonic(), "ok"
     with log.open(mode) as f:
-        for command in todo:
-            f.write(f"$ {' '.join(command)}\n")
+        for i, command in enumerate(todo):
+            f.write(f"$ {shlex.join(command)}\n")
             f.flush()
-            left = seconds - (time.monotonic() - start)
-            if left <= 0:
-                return "cut short", time.monotonic() - start
+            share = (seconds - (time.monotonic() - start)) / (len(todo) - i)
             try:
-                proc = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
+                proc = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, start_new_session=True, env=environment())
             except OSError as e:
                 f.write(f"{e}\n")
-                verdict = "failed"
+                verdict = "failed" if verdict == "ok" else verdict
                 continue
             try:
-                verdict = "failed" if wait(proc, left, log.parent) else verdict
-            except subprocess.TimeoutExpired:
-                os.killpg(proc.pid, signal.SIGKILL)
-                proc.wait()
-                verdict = "cut short"
+                status = wait(proc, max(share - min(GRACE, share / 4), 0), lambda: pack(log.parent))
+            finally:
+                stop(proc)                                            # one that ended may have left children; Ctrl-C ends all
+            if status is None:
+                f.write(f"... cut short after {share:.0f} s\n")
+                f.flush()
+            verdict = "cut short" if status is None else "failed" if status and verdict == "ok" else verdict
+    if verdict == "failed" and REFUSED in log.read_text(errors="replace"):
+        verdict = "cannot run on this machine"
+    cut(log)
     pack(log.parent)
     return verdict, time.monotonic() - start
+
+
+def shares(parts: dict[str, tuple[float, list[list[str]]]], left: float) -> float:
+    """By how much the limits of the parts to come must shrink to end in `left` seconds."""
+    need = sum(seconds + AFTERWARDS.get(name, (0.0,))[0] for name, (seconds, _) in parts.items())
+    return max(0.05, min(1.0, left / need))
+
+
+def plan(parts: dict[str, tuple[float, list[list[str]]]]) -> None:
+    """What would run."""
+    for name, (seconds, todo) in parts.items():
+        print(f"{name}, {seconds:.0f} s at most:")
+        for command in todo:
+            print(f"    {shlex.join(command)}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder of the results (default: %(default)s)")
-    parser.add_argument("--part", choices=list(commands()), help="run one part alone")
+    parser.add_argument("--part", help=f"run one part alone: {', '.join(commands())}")
+    parser.add_argument("--since", type=float, help="when the build began, in seconds since 1970: it counts too")
+    parser.add_argument("--dry-run", action="store_true", help="say what is missing here and what would run")
     args = parser.parse_args()
-    import torch
-    if not torch.cuda.is_available():
-        print("gpu-report: needs a CUDA device and a CUDA build of torch, found none; on a CPU use `make test` and `make bench`",
-              file=sys.stderr)
+    if args.part is not None and args.part not in commands():
+        print(f"gpu-report: --part must be one of {', '.join(commands())}, got {args.part}", file=sys.stderr)
         return 2
-    args.out.mkdir(parents=True, exist_ok=True)
+    torch = _torch()
+    parts = {name: part for name, part in commands().items() if args.part in (None, name)}
+    gpu = torch is not None and torch.cuda.is_available()
+    if args.dry_run or not gpu:
+        print("gpu-report: runs on a machine with one NVIDIA GPU and a CUDA build of torch; on a CPU use `make test` and `make bench`",
+              file=sys.stderr)
+        print("\n".join(f"missing here: {what}" for what in missing()) or "nothing is missing here")
+        plan(parts)
+        return 0 if gpu else 2
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        print(f"gpu-report: --out must be a folder that can be written, got {args.out}: {e.strerror}; choose another", file=sys.stderr)
+        return 2
+    end = time.monotonic() + TOTAL - (max(0.0, time.time() - args.since) if args.since else 0.0)
+    lacks = [f"Missing: {what}.\n" for what in missing()]
+    head = [f"# GPU report: {torch.cuda.get_device_name()}, torch {torch.__version__}", "", *lacks,
+            "| part | result | seconds |", "|---|---|---|"]
+    return report(args.out, head, parts, end)
+
+
+def report(out: Path, lines: list[str], parts: dict[str, tuple[float, list[list[str]]]], end: float) -> int:
+    """Run the parts until `end`, a row of report.md each. Returns the exit status."""
     shutil.rmtree(MEASURED, ignore_errors=True)
-    report = args.out / "report.md"
-    lines = [f"# GPU report: {torch.cuda.get_device_name()}, torch {torch.__version__}", "", "| part | result | seconds |", "|---|---|---|"]
-    failed = False
-    for name, (seconds, todo) in commands().items():
-        if args.part in (None, name):
-            log = args.out / f"{name}.log"
-            verdict, took = run_part(seconds, todo, log)
-            if verdict != "ok" and name in AFTERWARDS and MEASURED.exists():
-                took += run_part(AFTERWARDS[name][0], [AFTERWARDS[name][1]], log, "a")[1]
-            failed |= verdict != "ok"
-            lines.append(f"| {name} | {verdict} | {took:.0f} |")
-            report.write_text("\n".join(lines) + "\n")                # after each part: a run cut short leaves this
-            print(f"gpu-report: {name}: {verdict} in {took:.0f} s", flush=True)
+    failed, names = False, list(parts)
+    for i, (name, (seconds, todo)) in enumerate(parts.items()):
+        shrink = shares({n: parts[n] for n in names[i:]}, end - time.monotonic())
+        log = out / f"{name}.log"
+        verdict, took = run_part(seconds * shrink, todo, log)
+        if verdict != "ok" and name in AFTERWARDS and MEASURED.exists():
+            took += run_part(AFTERWARDS[name][0] * shrink, [AFTERWARDS[name][1]], log, "a")[1]
+        failed |= verdict in ("failed", "cut short")
+        lines.append(f"| {name} | {verdict} | {took:.0f} |")
+        (out / "report.md").write_text("\n".join(lines) + "\n")       # after each part: a run cut short leaves this
+        print(f"gpu-report: {name}: {verdict} in {took:.0f} s", flush=True)
     return int(failed)
 
 

@@ -27,7 +27,10 @@ __all__ = ["between_ranks", "limits", "load", "on_one", "save", "usable"]
 
 DTYPES = ("float32", "bfloat16")
 _SPIN = """
-extern "C" __global__ void hold(volatile int* stop) { if (threadIdx.x == 0) while (!*stop); }
+extern "C" __global__ void hold(volatile int* stop) {
+  const long long start = clock64();
+  if (threadIdx.x == 0) while (!*stop && clock64() - start < 20000000000LL);   // some 10 s, should nobody set it
+}
 """
 
 
@@ -76,14 +79,16 @@ def _less_sms(c: Clock) -> dict[str, float]:
         if s:
             hold((s, 1, 1), (32, 1, 1), (stop,), shared_mem=shared, stream=side)
         times = []
-        for _ in range(10):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            torch.mm(a, b)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3)
-        stop.fill_(1)
+        try:
+            for _ in range(10):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                torch.mm(a, b)
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end) * 1e-3)
+        finally:
+            stop.fill_(1)
         torch.cuda.synchronize()
         out[str(s)] = 2 * n ** 3 / min(times) / 1e9
     return out

@@ -1,6 +1,9 @@
 """One process of a bench: builds every case, measures it, writes its rows. `command.py` starts these."""
 import importlib
+import math
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,25 +37,51 @@ def stamped(seed: int, sweep: str, device: str) -> dict[str, Any]:
 
 
 def ops(names: list[str], folder: str, run: str, device: str, sweep: str, explain: bool = False, seed: int = 0,
-        kept: str = "", only: list[dict[str, Any]] | None = None) -> int:
+        kept: str = "", only: list[dict[str, Any]] | None = None, seconds: float = math.inf) -> int:
     """Rows of the benches `names` on this world, to `folder`, of cases that `run` has none of yet. only: of these cases.
-    Target of the launcher; returns 0."""
+    seconds: shared among the ops; one whose share is over leaves out the rest of its cases. Target of the launcher; returns 0."""
+    start = time.monotonic()
     group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
     world, first = (dist.get_world_size(group), dist.get_rank(group) == 0) if group is not None else (1, True)
     where = Path(folder)
     found = roofs.load(where, Path(kept)) if kept else roofs.load(where)
     stamp = stamped(seed, sweep, device)
     with _bounded_memory(world if device == "cpu" else 0):
-        for op in names:
+        for i, op in enumerate(names):
             done = measured(where, op, run)                           # before any rank writes: the next case waits for all of them
-            for case in load(op).cases(sweep, world):
-                if case.key() in done or (only is not None and case.key() not in only):
-                    continue
+            cases = [c for c in load(op).cases(sweep, world) if c.key() not in done and (only is None or c.key() in only)]
+            now = time.monotonic()
+            end = now + (seconds - (now - start)) / (len(names) - i)
+            for at, case in enumerate(_by_turns(cases) if seconds < math.inf else cases):
+                if seconds < math.inf and first_says(at > 0 and time.monotonic() > end, group):
+                    if first:
+                        print(f"bench: {op}: its share of --seconds is over, {len(cases) - at} of {len(cases)} cases are left out",
+                              file=sys.stderr, flush=True)
+                    break
                 rows = one(op, case, device, group, seed, sweep.startswith("quick"), roofs.limits(found))
                 if first:
                     append(where, op, rows, run, stamp)
                     _say(op, case, rows, explain)
     return 0
+
+
+def _by_turns(cases: list[Case]) -> list[Case]:
+    """A case of every function and pass before the second of any: what is left out is then a shape."""
+    seen: Counter[tuple[str, str]] = Counter()
+    turns = []
+    for case in cases:
+        turns.append(seen[case.call, case.direction])
+        seen[case.call, case.direction] += 1
+    return [cases[i] for i in sorted(range(len(cases)), key=turns.__getitem__)]
+
+
+def first_says(what: bool, group: dist.ProcessGroup | None) -> bool:
+    """Rank 0's answer, on all ranks: their clocks differ."""
+    if group is None:
+        return what
+    told = torch.tensor([int(what)])
+    dist.broadcast(told, 0, group)
+    return bool(told.item())
 
 
 def free_memory() -> int:

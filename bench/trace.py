@@ -22,7 +22,7 @@ __all__ = ["main", "trace"]
 
 CALLS = 5
 KEPT = "what was traced is kept; run the same command again"
-NOT_HERE = ("against", "explain", "resume", "roofs", "list")
+NOT_HERE = ("against", "explain", "resume", "roofs", "seconds", "list")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -34,8 +34,8 @@ key=value sets a key of the config, on top of --config:
 Every key with its default is in the config.yaml that a run writes to its --out folder.
 """
 FLAGS = ("--config", "--nproc", "--out", "--data", "--steps", "--prompt", "--tokens", "--temperature", "--top-k", "--schedule",
-         "--seed", "--quick", "--device", "--against", "--threshold", "--explain", "--resume", "--roofs", "--list", "--static", "--accept",
-         "--json", "--profile", "--to-hf", "--from-hf")
+         "--seed", "--quick", "--device", "--against", "--threshold", "--explain", "--resume", "--roofs", "--seconds", "--list", "--static",
+         "--accept", "--json", "--profile", "--to-hf", "--from-hf")
 RESUME = "run the same command again to resume"
 
 
@@ -114,6 +114,8 @@ def _bench_flags(bench: argparse.ArgumentParser, d: str) -> None:
     bench.add_argument("--threshold", metavar="X", type=float, default=1.10, help="time now over time then that is too much" + d)
     bench.add_argument("--explain", action="store_true", help="tell which path every communication op took, and why")
     bench.add_argument("--resume", action="store_true", help="go on with the run that was interrupted, of the same code")
+    bench.add_argument("--seconds", metavar="S", type=float, help="measure for this long, every op for its share; shapes that do not "
+                       "fit in are left out, and said so")
     bench.add_argument("--roofs", action="store_true", help="measure this machine's roofs again")
     bench.add_argument("--list", action="store_true", help="print the benches and stop")
     bench.add_argument("--out", metavar="DIR", help="rows, roofs and plots go there, of --static static.json (default: rows to "

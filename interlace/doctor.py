@@ -211,6 +211,7 @@ def _cuda_torch() -> bool:
 
 def _ops(torch: Any, dispatch: Any) -> dict[str, dict[str, str]]:
     """op -> what runs it on CPU, on CUDA, and on CPU under TRITON_INTERPRET=1."""
+    from .kernels.comm.heap import LIB, WHY_NOT  # before the list: the communication ops are declared there
     names = sorted(n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("interlace::"))
     has = lambda op, key: torch._C._dispatch_has_kernel_for_dispatch_key(f"interlace::{op}", key)  # noqa: E731
     triton = hasattr(dispatch.triton, "__version__")
@@ -222,7 +223,6 @@ def _ops(torch: Any, dispatch: Any) -> dict[str, dict[str, str]]:
                      "interpreter": "triton" if triton else "none"}
         if op in dispatch.CUDA_ONLY:
             table[op] = {"cpu": "none", "cuda": "CUDA C++" if dispatch.CUDA else "none: not built", "interpreter": "none"}
-    from .kernels.comm.heap import LIB, WHY_NOT
     shared = "shared memory" if LIB is not None else f"torch.distributed ({WHY_NOT})"
     for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
         table[f"comm.{op}"] = {"cpu": shared, "cuda": "torch.distributed", "interpreter": shared}

@@ -1,5 +1,4 @@
 """The bench: what a row holds and cannot lack, what is kept when things go wrong, and that every op has one."""
-import contextlib
 import json
 import math
 import os
@@ -243,52 +242,6 @@ def test_absent_peers_are_named(monkeypatch, tmp_path):
     assert found[0]["absent"] == {"broken": broken} and f"absent: broken: {broken} (double)" in report.footnotes(found)
 
 
-def test_a_compile_that_does_not_end(monkeypatch):
-    """It is given up at its limit, whatever it catches on its way; ours, and a peer as slow, are not."""
-    def endless(x):
-        while True:
-            with contextlib.suppress(Exception):                      # as torch.compile does
-                time.sleep(0.05)
-    slow = []
-    monkeypatch.setattr(harness, "COMPILE", 0.3)
-    found = measured(tiny(lambda x: (slow or (time.sleep(0.5), slow.append(1)), x * 2)[1], **{"torch.compile": endless}))
-    assert found["torch.compile"]["failed"].startswith("gave up after 0 s") and found["interlace"]["p50_us"] > 0
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
-
-
-def test_every_way_finds_the_same_caches(monkeypatch):
-    """Before a sample the way itself has run, untimed; of a cold case nobody has, and the caches were streamed through."""
-    ran = []
-    way = lambda name: lambda x: (ran.append(name), x * 2)[1]  # noqa: E731
-    monkeypatch.setattr(clocks.Clock, "sample", lambda self, fn, inner=1: (ran.append("timed"), fn(), 1e-4)[2])
-    monkeypatch.setattr(clocks.Clock, "junk", type("", (), {"sum": lambda self: ran.append("flushed")})())
-    for cold in (False, True):
-        ran.clear()
-        ways = Ways((torch.randn(8),), double, way("ours"), {"torch eager": way("torch"), "peer": way("peer")}, cold=cold)
-        row = measured(ways, Case("double", "tiny", {"N": 8}, direction="fwd"), rounds=(9, 9))["interlace"]
-        samples = [tuple(ran[i:i + 3]) for i in range(len(ran) - 3 * 27, len(ran), 3)]
-        assert {*samples} == {("flushed" if cold else name, "timed", name) for name in ("ours", "torch", "peer")}
-        assert row["cold"] is cold and len(row["samples_us"]) == 9
-
-
-def test_cache_bytes():
-    assert 1 << 18 <= clocks.cache_bytes() <= 1 << 33
-
-
-def test_memory_is_bounded():
-    """A shape that Linux would promise and then kill for is an error, and the limit goes when the sweep ends."""
-    import resource
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    with bench_run._bounded_memory(1):
-        with pytest.raises((RuntimeError, MemoryError)) as e:
-            torch.empty(bench_run.free_memory() // 4)
-        assert harness.failure(e.value).startswith("out of memory")
-        torch.ones(1 << 20)
-    assert resource.getrlimit(resource.RLIMIT_DATA) == before
-    with bench_run._bounded_memory(0):
-        assert resource.getrlimit(resource.RLIMIT_DATA) == before
-
-
 def test_a_full_disk_stops_with_words(monkeypatch, tmp_path):
     plain = pathlib.Path.open
 
@@ -391,44 +344,6 @@ def test_against_refuses(quick, tmp_path, capsys, change, wanted):
             rows.read_old(old)
     assert quick.run("--against", str(old)) == 2
     assert (wanted or "none in common") in capsys.readouterr().err
-
-
-def test_resume(quick, tmp_path, capsys, monkeypatch):
-    """Ctrl-C after the first case: kept, its run is gone on with, and what was measured is not measured again. Other code: refused."""
-    every, made = [CASE, Case("double", "other", {"N": 8})], []
-    quick.cases = staticmethod(lambda sweep, world: every)
-
-    def ways(case, make):
-        made.append(case.name)
-        if made == ["tiny", "other"]:
-            raise KeyboardInterrupt
-        return tiny()
-    quick.ways = staticmethod(ways)
-    assert quick.run("--quick") == 130
-    out, err = capsys.readouterr()
-    assert "the same command with --resume goes on" in err and "double tiny" in out
-    path = tmp_path / "swiglu.jsonl"
-    path.write_text(path.read_text() + '{"half a')                    # killed amid a line
-    assert quick.run("--quick", "--resume") == 0 and made == ["tiny", "other", "other"]
-    out, err = capsys.readouterr()
-    assert "goes on with run" in err and "double tiny" in out and "double other" in out and "4 rows" in out
-    assert quick.run("--resume") == 0 and "nothing to go on with" in capsys.readouterr().err, "another sweep"
-    monkeypatch.setattr(bench_run, "provenance", lambda seed=0: {**provenance(seed), "commit": "123"})
-    assert quick.run("--quick", "--resume") == 2 and "this is commit 123" in capsys.readouterr().err
-
-
-def test_one_op_that_dies_does_not_end_the_sweep(monkeypatch, tmp_path, capsys):
-    """Without --quick an op at a time: after one whose ranks died the next is measured; after Ctrl-C none is."""
-    launched = []
-    for status in (1, 130):
-        launched.clear()
-        monkeypatch.setattr(command, "launch", lambda ranks, target, job, status=status, **_: (
-            launched.append((ranks, *job["names"])), status)[1])
-        args = cli._parser().parse_args(["bench", "--device", "cpu"])
-        assert command._measure(args, ["rope", "gemm_ar", "dispatch"], tmp_path, 2, "r") == status
-        assert launched == [(1, "rope"), (2, "gemm_ar"), (2, "dispatch")][:3 if status == 1 else 1]
-    err = capsys.readouterr().err
-    assert "with --resume goes on" in err and "gemm_ar: 120 cases; " in err and " left" in err
 
 
 def test_a_wrong_kernel_fails_the_command(quick, capsys):

@@ -33,6 +33,7 @@ def test_json_is_one_object_and_two_ranks_sum():
     assert {"versions", "tiers", "ops", "triton_mode", "gpu", "shm", "limits", "cores", "environment", "selftest"} <= report.keys()
     assert report["selftest"]["ok"] and "through" in report["selftest"]["said"]
     assert report["versions"]["torch"] and report["ops"]["rms_norm_fwd"]["cuda"] == "triton"
+    assert report["ops"]["multicast_ar"]["cpu"] == "none", "declared before the table is made"
 
 
 def test_text(quick, capsys):
