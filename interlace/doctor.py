@@ -225,7 +225,9 @@ def _ops(torch: Any, dispatch: Any) -> dict[str, dict[str, str]]:
             table[op] = {"cpu": "none", "cuda": "CUDA C++" if dispatch.CUDA else "none: not built", "interpreter": "none"}
     shared = "shared memory" if LIB is not None else f"torch.distributed ({WHY_NOT})"
     for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
-        table[f"comm.{op}"] = {"cpu": shared, "cuda": "torch.distributed", "interpreter": shared}
+        kernel = triton and op != "all_to_all"                        # where ranks reach each other's memory: kernels/comm/choose.py
+        table[f"comm.{op}"] = {"cpu": shared, "cuda": "triton or torch.distributed" if kernel else "torch.distributed",
+                               "interpreter": "triton" if kernel else shared}
     return table
 
 

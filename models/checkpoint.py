@@ -308,7 +308,8 @@ def resume(out: Path, config: Config, model: nn.Module, vocab_size: int, optimiz
             return load(folder, config, model, vocab_size, optimizer)
         except Damaged as e:
             damage = damage or e
-            skipped(str(e).split(";")[0])
+            if folder is not newest[-1]:
+                skipped(str(e).split(";")[0])
     raise damage or UserError(f"checkpoint: {pointer} names {latest!r}, and there is no step-... beside it; use another --out")
 
 
@@ -348,7 +349,10 @@ def load(folder: Path, config: Config, model: nn.Module, vocab_size: int, optimi
     Raises: UserError when the checkpoint is of another model, damaged, or incomplete."""
     state = read_state(folder)
     here, there = model_words(config, vocab_size), state["model"]
-    if differ := [f"{w} is {there.get(w)} there and {here.get(w)} here" for w in sorted({*here, *there}) if here.get(w) != there.get(w)]:
+    words = {*here, *there}
+    if ("num_moe_experts" in here) != ("num_moe_experts" in there):   # one of them is dense: that says it
+        words -= {*EXPERT_WORDS} - {"num_moe_experts"}
+    if differ := [f"{w} is {there.get(w)} there and {here.get(w)} here" for w in sorted(words) if here.get(w) != there.get(w)]:
         raise UserError(f"checkpoint: {folder} is of another model: " + "; ".join(differ) + ". Use that model's config, or another --out")
     verify_files(folder, state)
     places = _places(model)

@@ -40,6 +40,8 @@ def generate(out: str | Path, prompt: str = "", *, tokens: int = 200, temperatur
     elif (folder := checkpoint.find(out)) is None:
         raise UserError(f"generate: --out must be the folder of a run that saved a checkpoint, got {out}; train first: "
                         f"interlace train --out {out}")
+    if not (out / "config.yaml").exists():
+        raise UserError(f"generate: --out must hold the config.yaml that the run wrote, got {out} without it; write the run's config there")
     config = load_config(str(out / "config.yaml"), ["tp=1", "sp=false"])
     words = checkpoint.read_state(folder)
     tokenizer = load_tokenizer(words["tokenizer"])

@@ -78,8 +78,8 @@ def replicated(shape: tuple[int, ...], tp: Axis, partial: bool) -> Piece:
     return Piece("", shape, 0, 0, shape[0], 0, tp.size, partial and tp.size > 1)
 
 
-def set_pieces(param: nn.Parameter, *pieces: Piece, std: float | None = None, fill: float = 0.0) -> None:
-    """Describe a parameter: its pieces, and its initial value (normal of `std`, or the constant `fill`)."""
+def set_pieces(param: nn.Parameter, *pieces: Piece, std: float | None = None, fill: float | None = 0.0) -> None:
+    """Describe a parameter: its pieces, and its initial value (normal of `std`, or the constant `fill`; both None: what it has)."""
     param.pieces, param.init_std, param.init_fill = pieces, std, fill  # type: ignore[attr-defined]
 
 
@@ -99,7 +99,7 @@ def pieces_of(param: Tensor) -> tuple[Piece, ...]:
 @torch.no_grad()
 def init_parameters(model: nn.Module, seed: int | None = None) -> None:
     """Initial weights from the seed and each tensor's global name: the same numbers for every layout and dtype. Parameters without
-    pieces, of a user's own module, keep theirs.
+    pieces, of a user's own module, and those of `from_torch` keep theirs.
 
     seed None: drawn from torch's CPU generator, as nn.Linear draws its weights: for a layer on its own, whose tensors all layers of
     its class name alike. Ranks agree where they set torch.manual_seed alike, or not at all; on meta nothing is drawn."""
@@ -112,7 +112,8 @@ def init_parameters(model: nn.Module, seed: int | None = None) -> None:
             continue
         local = piece.local(param)
         if (std := getattr(param, "init_std", None)) is None:
-            local.fill_(getattr(param, "init_fill", 0.0))
+            if (fill := getattr(param, "init_fill", None)) is not None:
+                local.fill_(fill)
             continue
         key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
         full = torch.empty(piece.shape, dtype=torch.float32).normal_(0.0, std, generator=torch.Generator().manual_seed(key))

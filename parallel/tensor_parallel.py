@@ -210,7 +210,7 @@ def take_part(layer: Layer, module: nn.Module, tp: Axis) -> Layer:
         local = torch.zeros(empty.shape, dtype=full.dtype, device=full.device)
         copy_part(pieces_of(empty), full.detach(), local)
         param = nn.Parameter(local, requires_grad=full.requires_grad)
-        set_pieces(param, *pieces_of(empty))
+        set_pieces(param, *pieces_of(empty), fill=None)
         setattr(layer, name, param)
         complete_gradient(param, tp)
     return layer

@@ -128,6 +128,13 @@ def test_other_model_is_refused_word_by_word(saved):
         checkpoint.load(checkpoint.find(out), cfg, model, 41, opt)
 
 
+def test_a_dense_checkpoint_and_a_config_with_experts_differ_in_one_word(saved):
+    out, _, _, _ = saved
+    cfg = config({**GQA, "num_moe_experts": 4})
+    with pytest.raises(UserError, match=r"is of another model: num_moe_experts is None there and 4 here\. Use that"):
+        checkpoint.load(checkpoint.find(out), cfg, build(cfg, Mesh())[0], 41)
+
+
 def test_other_precision_is_refused(saved):
     out, cfg, model, opt = saved
     other = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, precision="bf16"))

@@ -53,6 +53,10 @@ def test_layers_on_their_own_start_apart_and_follow_torch_manual_seed():
     before = torch.get_rng_state()
     ColumnParallelLinear.from_torch(torch.nn.Linear(D, F_, device="meta"), Axis("tp"))
     assert torch.equal(torch.get_rng_state(), before), "a layer that takes its weights from another draws nothing"
+    linear = torch.nn.Linear(D, F_)
+    taken = ColumnParallelLinear.from_torch(linear, Axis("tp"))
+    init_parameters(taken, seed=1)
+    assert torch.equal(taken.weight, linear.weight) and torch.equal(taken.bias, linear.bias), "and keeps them"
 
 
 class Pair(torch.nn.Module):

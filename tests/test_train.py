@@ -149,6 +149,9 @@ def test_generate(tmp_path, text):
     assert generate(out / "checkpoints" / (out / "checkpoints" / "latest").read_text(), "x", tokens=3) == generate(out, "x", tokens=3)
     with pytest.raises(UserError, match="train first"):
         generate(tmp_path / "nowhere", "a")
+    (out / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"must hold the config\.yaml that the run wrote"):
+        generate(out, "a")
 
 
 def test_sample():
