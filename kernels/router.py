@@ -167,8 +167,8 @@ def _weigh(xk, total, m, FUNC: tl.constexpr, NORM: tl.constexpr):
     else:
         q, slope = _unit(xk, FUNC)
         if NORM:
-            total = tl.sum(q, axis=1)[:, None] + 1e-20
-            q, slope = q / total, slope / total
+            total = tl.broadcast_to(tl.sum(q, axis=1)[:, None] + 1e-20, q.shape)
+            q, slope = tl.div_rn(q, total), slope / total             # exactly 1 for one choice, where / is a few ulp off on a GPU
     return tl.where(xk == -float("inf"), 0.0, q), tl.where(xk == -float("inf"), 0.0, slope)
 
 

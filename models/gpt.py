@@ -174,7 +174,7 @@ class Block(nn.Module):
     def forward(self, h: Tensor, tables: tuple[Tensor, Tensor] | None, first_sample: int) -> Tensor:   # [S/t, B, D]
         o = self.self_attn.heads(self.input_layernorm(h), tables, first_sample)
         proj, norm = self.self_attn.o_proj, self.post_attention_layernorm
-        place = hidden_place(self.cfg, self.tp, first_sample)
+        place = hidden_place(self.cfg, self.tp, h, first_sample)
         if self.fused:
             h, y = norm.reduce_add(proj.partial(o), h)
         else:
@@ -238,7 +238,7 @@ class GPT(nn.Module):
         if self.position_embeddings is not None:
             at = self.tp.rank * h.shape[0] if cfg.sequence_parallel else 0
             h = h + self.position_embeddings[at:at + h.shape[0]].unsqueeze(1)
-        return self.dropout(h, *hidden_place(cfg, self.tp, first_sample))
+        return self.dropout(h, *hidden_place(cfg, self.tp, h, first_sample))
 
     def run(self, h: Tensor, layers: Iterable[int], first_sample: int = 0) -> Tensor:
         """h [S/t, B, D] through some of the layers."""
@@ -304,10 +304,10 @@ class Stage(nn.Module):
         return (model.loss(model.norm(h), labels) * self.loss_scale).view(1) if self.is_last else h
 
 
-def hidden_place(cfg: ModelConfig, tp: Axis, first_sample: int) -> tuple[int, tuple[int, int, int]]:
+def hidden_place(cfg: ModelConfig, tp: Axis, h: Tensor, first_sample: int) -> tuple[int, tuple[int, int, int]]:
     """Where element (0, 0, 0) of h [S/t, B, D] stands in the global [samples, S, D], and the strides from there."""
-    S, D = cfg.seq_length, cfg.hidden_size
-    first = tp.rank * (S // tp.size) if cfg.sequence_parallel else 0
+    rows, D = h.shape[0], cfg.hidden_size
+    S, first = (rows * tp.size, rows * tp.rank) if cfg.sequence_parallel else (rows, 0)
     return (first_sample * S + first) * D, (D, S * D, 1)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..kernels import cross_entropy
 from ..kernels.comm import ag_gemm, all_reduce, copy_gemm, gemm_ar, gemm_rs
+from ..kernels.dispatch import traced
 from . import deferred
 from .collectives import reduce_from, reduce_scatter_to, stack_from
 from .mesh import Axis
@@ -142,6 +143,7 @@ class VocabParallelEmbedding(nn.Module):
         return take_part(layer, module, tp)
 
     def forward(self, ids: Tensor) -> Tensor:
+        check_ids("VocabParallelEmbedding: ids", ids, self.num_embeddings)
         if self.tp.size == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.first
@@ -264,13 +266,27 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, tp: Axis, *, n
 
     Args: logits [..., V/t] of this rank; targets [...] global ids; num_embeddings: real size of the vocabulary, padding past
     it is masked (default: all columns). Returns: loss [...] in fp32 (fp64 for fp64), 0 where targets == ignore_index.
+    Raises: ValueError on CPU for targets outside the vocabulary.
     """
     V = logits.shape[-1]
-    first = tp.rank * V
-    valid = max(0, min(V, (num_embeddings if num_embeddings is not None else V * tp.size) - first))
+    first, whole = tp.rank * V, V * tp.size if num_embeddings is None else num_embeddings
+    check_ids("vocab_parallel_cross_entropy: targets", targets, whole, ignore_index)
+    valid = max(0, min(V, whole - first))
     gather = None if tp.size == 1 else (lambda stats: stack_from(stats, tp))
     loss = cross_entropy(logits.reshape(-1, V), targets.reshape(-1), first=first, valid=valid, gather=gather, ignore_index=ignore_index)
     return loss.view(targets.shape)
+
+
+def check_ids(what: str, ids: Tensor, below: int, ignore_index: int | None = None) -> None:
+    """On CPU, ids outside [0, below) raise ValueError: no rank holds their row, so they would count as zeros. Elsewhere the host waits for
+    no tensor."""
+    if not ids.is_cpu or not ids.numel() or traced():
+        return
+    kept = ids if ignore_index is None else ids.masked_fill(ids == ignore_index, 0)
+    low, high = (int(x) for x in kept.aminmax())
+    if low < 0 or high >= below:
+        or_else = "" if ignore_index is None else f" or {ignore_index}, which counts as none"
+        raise ValueError(f"{what} must be in [0, {below}), the vocabulary{or_else}, got {low if low < 0 else high}")
 
 
 __all__ = ["ColumnParallelLinear", "GatheredLinear", "ParallelHead", "RowParallelLinear", "VocabParallelEmbedding",

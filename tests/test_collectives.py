@@ -173,6 +173,28 @@ def test_many_calls_with_random_delays(world, nbytes):
     run(world, _storm, world, nbytes)
 
 
+def _shared_memory(rank, world):
+    """out may share with x what is this rank's part, and nothing else: half of a sum would be summed again."""
+    group, whole = dist.group.WORLD, torch.arange(8 * world + 3.0)
+    n = 4 * world
+    x, part = whole[:n], slice(4 * rank, 4 * rank + 4)
+    for call, given, out in ((all_reduce, x, whole[3:n + 3]), (all_to_all, x, whole[1:n + 1]), (all_gather, whole[:4], whole[3:n + 3]),
+                             (reduce_scatter, x, whole[n - 2:n + 2])):
+        with pytest.raises(ValueError, match="memory of its own"):
+            call(given, group, out=out)
+    want = x * world
+    assert torch.equal(all_reduce(x.clone(), group, out=whole[n:2 * n]), want)
+    y = x.clone()
+    assert torch.equal(reduce_scatter(y, group, out=y[part]), want[part])
+    assert torch.equal(all_gather(y[part], group, out=y), want)
+    assert torch.equal(all_to_all(y, group, out=y), want[part].repeat(world))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_memory_that_is_shared(world):
+    run(world, _shared_memory, world)
+
+
 def test_one_rank_copies():
     x = torch.randn(4, 3)
     for fn in (all_reduce, all_gather, reduce_scatter, all_to_all):

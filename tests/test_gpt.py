@@ -4,9 +4,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run
 from test_equal import OPTIONS, config
 
 from interlace.models.gpt import GPT, padded_vocab
+from interlace.parallel.mesh import Axis, Mesh
 from interlace.parallel.sharding import named_pieces
 
 
@@ -94,6 +96,20 @@ def test_dropout_depends_on_the_sample_not_on_the_batch():
     torch.testing.assert_close(whole, torch.stack(parts).mean(), rtol=1e-12, atol=0)
     assert abs(whole - model(ids, labels, first_sample=0)) > 1e-6
     assert torch.equal(model.eval()(ids, labels, first_sample=3), model(ids, labels, first_sample=9))
+
+
+def _short(rank):
+    options = {"hidden_dropout": 0.5, "seq_length": 16}
+    axis = Axis("tp", 2, rank, (0, 1), torch.distributed.group.WORLD)
+    ids, labels = torch.randint(45, (2, 3, 8), generator=torch.Generator().manual_seed(0))
+    one = GPT(config(options).model, vocab_size=45, dtype=torch.float64)
+    two = GPT(config(options, tp=2, sp=True).model, Mesh(tp=axis), vocab_size=45, dtype=torch.float64)
+    torch.testing.assert_close(two(ids, labels, 5), one(ids, labels, 5), rtol=1e-12, atol=0)
+
+
+def test_dropout_of_short_sequences_does_not_depend_on_the_layout():
+    """8 tokens of a model for 16: a rank's rows begin at token 4."""
+    run(2, _short)
 
 
 def test_causal():

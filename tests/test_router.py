@@ -149,6 +149,13 @@ def test_ties_take_the_lower_index_kernel_matches(device):
     assert router(x[:2], 2, **groups).ids.tolist() == router_ref(x[:2], 2, **groups).ids.tolist() == [[0, 1]] * 2
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_one_choice_has_prob_one_kernel_matches(score, device):
+    """Exactly: else a capacity that drops by probs would choose by rounding noise, and each kernel otherwise."""
+    x = torch.randn(2000, 4, device=device) * 2
+    assert (router(x, 1, score_function=score, pre_softmax=score == "softmax", norm_topk_prob=True).probs == 1).all()
+
+
 @pytest.mark.parametrize("options", [{}, {"score_function": "sigmoid"}, {"score_function": "sigmoid", "num_groups": 4, "group_topk": 2}],
                          ids=["softmax", "sigmoid", "groups"])
 def test_bad_logits_give_ids_in_range_kernel_matches(options, device):

@@ -114,6 +114,13 @@ def _vocab(rank, t, sp, tied):
     loss.sum().backward()
     torch.testing.assert_close(loss.view(-1), want, rtol=1e-12, atol=1e-12)
     check_grads(split, dense, tp)
+    for wrong in (-1, V, V + 1):                                       # V + 1: a row of padding
+        bad = ids.clone()
+        bad[1, 0] = wrong
+        with pytest.raises(ValueError, match=rf"ids must be in \[0, {V}\), the vocabulary, got {wrong}$"):
+            split.embed(bad)
+        with pytest.raises(ValueError, match=rf"targets must be in .* -100, which counts as none, got {wrong}$"):
+            vocab_parallel_cross_entropy(split.head(h.detach()), bad, tp, num_embeddings=V)
     rows = split.embed.weight.pieces[0].length
     assert not split.head.weight.grad[rows:].any(), "padding rows must have no gradient"
 

@@ -132,8 +132,8 @@ template <int F, class A> inline void weigh(const A* xk, Soft<A> soft, bool norm
   } else {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) unit<F>(xk[k], q[k], slope[k]);
-    const A over = norm ? A(1) / (sum(q, n) + A(TINY)) : A(1);
-    for (int64_t k = 0; k < n; k++) q[k] *= over, slope[k] *= over;
+    const A total = norm ? sum(q, n) + A(TINY) : A(1);  // divided by, not multiplied with its inverse: one choice has 1, and no noise
+    for (int64_t k = 0; k < n; k++) q[k] /= total, slope[k] /= total;
   }
 }
 

@@ -56,12 +56,20 @@ def _torch_group(x: Tensor, group: Group) -> tuple[dist.ProcessGroup | None, int
     return group, 1 if group is None else dist.get_world_size(group)  # type: ignore[return-value, arg-type]
 
 
-def _result(op: str, x: Tensor, shape: tuple[int, ...] | torch.Size, out: Tensor | None) -> Tensor:
+def _rank(heap: SymmHeap | None, pg: dist.ProcessGroup | None) -> int:
+    return heap.rank if heap is not None else 0 if pg is None else dist.get_rank(pg)
+
+
+def _result(op: str, x: Tensor, shape: tuple[int, ...] | torch.Size, out: Tensor | None, place: int = 0) -> Tensor:
+    """out, or new memory. place: how many bytes after the start of out x may begin, where the two share memory."""
     if out is None:
         return x.new_empty(shape)
     if out.shape != torch.Size(shape) or out.dtype != x.dtype or out.device != x.device or not out.is_contiguous():
         raise ValueError(f"{op}: out must be a contiguous {list(shape)} tensor of {x.dtype} on {x.device}, "
                          f"got {list(out.shape)} of {out.dtype} on {out.device}")
+    if -x.nbytes < (shift := x.data_ptr() - out.data_ptr()) < out.nbytes and shift != place and x.is_contiguous():
+        raise ValueError(f"{op}: out must be memory of its own, or share with x what is this rank's part, got x {shift} bytes from its "
+                         "start; leave out away")
     return out
 
 
@@ -107,7 +115,8 @@ def _all_gather(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     if (heap is None or INTERPRET) and (whole := overlap.gathered(x, group)) is not None:
         return whole if out is None else _result("all_gather", x, whole.shape, out).copy_(whole)
     pg, size = (None, heap.size) if heap is not None else _torch_group(x, group)
-    y = _result("all_gather", x, (x.shape[0] * size, *x.shape[1:]), out)
+    place = 0 if out is None else _rank(heap, pg) * x.nbytes
+    y = _result("all_gather", x, (x.shape[0] * size, *x.shape[1:]), out, place)
     if heap is not None:
         if rc := LIB.interlace_all_gather(heap.handle, x.data_ptr(), y.data_ptr(), x.numel(), x.element_size(), _code(x)):
             heap.fail(rc)
@@ -121,7 +130,8 @@ def _all_gather(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
 def _reduce_scatter(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     heap, code = _heap(x, group), CODES.get(x.dtype)
     pg, size = (None, heap.size) if heap is not None else _torch_group(x, group)
-    y = _result("reduce_scatter", x, (_parts("reduce_scatter", x, size), *x.shape[1:]), out)
+    place = 0 if out is None else -_rank(heap, pg) * out.nbytes
+    y = _result("reduce_scatter", x, (_parts("reduce_scatter", x, size), *x.shape[1:]), out, place)
     if not x.is_contiguous():
         x = x.contiguous()
     if (heap is None or INTERPRET) and (part := overlap.scattered(x, None, group)) is not None:
