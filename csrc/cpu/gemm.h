@@ -157,7 +157,8 @@ template <class T> void pack_panels(float* to, const View& b, int64_t first, int
 }
 
 // c = a b, or c += a b, for columns `first` .. `first` + n of c, whose panels are given. A task is a block of rows times a range of panels.
-template <class T, class D> void by_panels(const View& a, const float* packed, D* c, int64_t step, int64_t first, int64_t n, bool add = false) {
+template <class T, class D>
+void by_panels(const View& a, const float* packed, D* c, int64_t step, int64_t first, int64_t n, bool add = false) {
   const int64_t M = a.rows, K = a.cols, P = panels(n), blocks = (M + ROWS - 1) / ROWS, threads = torch::stable::get_num_threads();
   const int64_t cuts = std::min<int64_t>((P + PANELS - 1) / PANELS, (threads + blocks - 1) / blocks), each = (P + cuts - 1) / cuts;
   torch::stable::parallel_for(0, blocks * cuts, 1, [&](int64_t begin, int64_t end) {

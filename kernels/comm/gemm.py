@@ -9,7 +9,7 @@
                 our kernel, which widens as it packs, or where that is not built by torch's, in blocks whose fp32 copies stay in cache
 
 Numerics  fp32 accumulation, one rounding; ours cuts every sum at 128 terms, and a row's result does not depend on the other rows
-Source    register tiles over packed panels: Goto and van de Geijn, doi:10.1145/1356052.1356053; csrc/cpu/gemm.cpp
+Source    register tiles over packed panels: Goto and van de Geijn, doi:10.1145/1356052.1356053; csrc/cpu/gemm.h
 """
 import threading
 from pathlib import Path
