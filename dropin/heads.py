@@ -155,7 +155,7 @@ def _part(whole: Any, found: Any, axis: Axis, numbers: Callable[[Axis], dict[str
         modules[n] = _quiet(child, weight=weight if isinstance(child, nn.Linear) else weight.t(),
                             bias=None if child.bias is None else torch.cat([child.bias[r] for r in rows]))
         if not isinstance(child, nn.Linear):
-            vars(modules[n])["nf"] = len(weight)
+            modules[n].nf = len(weight)
     last = modules[found.row]
     bias = None if last.bias is None else last.bias * float(axis.rank == 0)
     modules[found.row] = _quiet(last, weight=last.weight.chunk(axis.size, int(isinstance(last, nn.Linear)))[axis.rank], bias=bias)

@@ -24,7 +24,7 @@ from ..parallel.mesh import Axis, Mesh
 from .experts import check_experts, spread_experts
 from .pipeline import plan_stages
 from .sequence import split_sequence
-from .split import STYLES, TRANSPOSED, Plan, Split, gather, split_all, transposed, whole_all
+from .split import STYLES, TRANSPOSED, Plan, Split, alike, check_mesh, check_tied, gather, split_all, transposed, whole_all
 from .structure import ATTENTION, FORWARD, split_attention, split_mlp, split_vocabulary, table_options
 
 __all__ = ["STYLES", "Plan", "Split", "gather", "make_plan", "split_all", "whole_all"]
@@ -33,6 +33,7 @@ __all__ = ["STYLES", "Plan", "Split", "gather", "make_plan", "split_all", "whole
 def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh, plan: str | Mapping[str, str] | None,
               strict: bool, sequence_parallel: bool = False) -> Plan:
     """What to split, checked as a whole. Raises: ValueError with every problem."""
+    check_mesh(mesh)
     out, tp = Plan(), mesh.tp
     out.problems += check_experts(mesh)
     if sequence_parallel and plan != "auto":
@@ -57,11 +58,14 @@ def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh,
     elif plan is not None:
         out.problems.append(f"plan must be 'auto', None or {{pattern: style}}, got {plan!r}")
     if tp.size == 1:                                                  # a layer of one rank is the layer it was
+        asked = ["the plan"] * isinstance(plan, Mapping) + ["sequence_parallel"] * sequence_parallel
+        out.notes += [f"{what} splits nothing: mesh.tp has one rank" for what in asked]
         out.splits = {n: s for n, s in out.splits.items() if s[1].style in ("experts", "stages")}
     for name, (m, _) in out.splits.items():
         if getattr(m, "parametrizations", None):
             out.problems.append(f"{name}: a parametrized layer cannot be split, got {type(m).__name__}; leave it out with skip")
-    raise_problems("replace_", out.problems)
+    check_tied(out, model)
+    raise_problems("replace_", alike(out.problems))
     return out
 
 

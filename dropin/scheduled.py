@@ -144,11 +144,10 @@ def _outside(model: nn.Module, stages: Stages, ddp: DistributedDataParallel | No
         yield
     with torch.no_grad():
         there = torch.tensor([float(grads(p) is not None) for p in params], device=params[0].device)
-        there = all_reduce(there, stages.pp.group).tolist()
-        todo = [p for p, n in zip(params, there) if n]
+        todo = [p for p, n in zip(params, all_reduce(there, stages.pp.group).tolist()) if n]
         for dtype in dict.fromkeys(_like(p, ddp).dtype for p in todo):
             same = [p for p in todo if _like(p, ddp).dtype == dtype]
-            mine = [torch.zeros_like(_like(p, ddp)) if grads(p) is None else grads(p) for p in same]
+            mine = [torch.zeros_like(_like(p, ddp)) if (g := grads(p)) is None else g for p in same]
             total = all_reduce(torch.cat([g.reshape(-1) for g in mine]), stages.pp.group)
             for p, g in zip(same, total.split([g.numel() for g in mine])):
                 g = g.view_as(p) + before.pop(p) if p in before else g.view_as(p)

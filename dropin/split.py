@@ -7,6 +7,7 @@ that its gradients need no communication; where it does not (`Plan.partial`), it
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels.comm import all_gather
 from ..parallel.foreign import TransposedColumnLinear, TransposedRowLinear
-from ..parallel.mesh import Axis
+from ..parallel.mesh import Axis, Mesh
 from ..parallel.sharding import Piece, pieces_of, replicated, set_pieces
 from ..parallel.tensor_parallel import (
     ColumnParallelLinear,
@@ -29,7 +30,8 @@ from ..parallel.tensor_parallel import (
 )
 from .fused import as_probe
 
-__all__ = ["STYLES", "Plan", "Split", "gather", "refuse_records", "split_all", "transposed", "whole_all"]
+__all__ = ["STYLES", "Plan", "Split", "alike", "check_mesh", "check_tied", "gather", "refuse_records", "split_all", "transposed",
+           "whole_all"]
 
 STYLES: dict[str, tuple[type, Any]] = {"column": (nn.Linear, ColumnParallelLinear), "row": (nn.Linear, RowParallelLinear),
                                        "gather": (nn.Linear, GatheredLinear), "vocab": (nn.Embedding, VocabParallelEmbedding)}
@@ -89,6 +91,37 @@ class _Own(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return dy
+
+
+def alike(problems: list[str]) -> list[str]:
+    """The same said of many layers, once."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        name, colon, rest = problem.partition(": ")
+        groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), colon + rest), []).append(problem)
+    return [same[0] if len(same) == 1 else f"{name} ({len(same)} times){rest}" for (name, rest), same in groups.items()]
+
+
+def check_mesh(mesh: Any) -> None:
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"replace_: mesh must be an interlace.Mesh, got {type(mesh).__name__}; pass interlace.Mesh.build(interlace.Layout("
+                         "world=..., tp=...)) on every rank")
+
+
+def check_tied(out: Plan, model: nn.Module) -> None:
+    """A Parameter of several modules has one part on a rank: all must be cut, and along one dim."""
+    places: dict[Any, list[tuple[str, Any]]] = {}
+    for name, m in model.named_modules():
+        how = out.splits[name][1] if name in out.splits else None
+        for n, p in m.named_parameters(recurse=False, remove_duplicate=False):
+            split = how is not None and (how.make is not None or n in how.pieces)
+            cut = (how.style == "row") != transposed(m) if split and how is not None and p.dim() > 1 else split
+            places.setdefault(p, []).append((f"{name}: its {n}", cut if split else "whole"))
+    for of in places.values():
+        other = next((o for o in of if o[1] != of[0][1]), None)
+        if other is not None:
+            out.problems.append(f"{of[0][0]} must be cut in one way where it is tied, got one tied to {other[0].partition(':')[0]}, "
+                                "which is not; leave both out with skip")
 
 
 def transposed(m: Any) -> bool:

@@ -88,7 +88,8 @@ def split_attention(out: Plan, name: str, m: Any, children: dict[str, Any], tp: 
         else:
             out.put(f"{name}.{n}", children[n], "heads", SplitRMSNorm, tp, heads=number, eps=change.eps, offset=change.offset)
     own: dict[str, tuple[Piece, ...]] = {n: (split("", tuple(p.shape), 0, tp),) for n, p in m.named_parameters(recurse=False)}
-    attributes, wraps = _local_numbers(m, found, tp), ()
+    attributes = _local_numbers(m, found, tp)
+    wraps: tuple[type, ...] = ()
     if "alibi" in inspect.signature(type(m).forward).parameters:
         attributes["_interlace_heads"], wraps = (heads, tp.rank * heads // tp.size, heads // tp.size), (OwnHeads,)
     out.splits[name] = m, Split("heads", attributes=attributes, pieces=own, wraps=wraps)
@@ -115,8 +116,8 @@ def _proven(out: Plan, m: Any, children: dict[str, Any], found: Heads, norms: Co
         unknown = told[0] is None and one != "query_key_value"
         out.proofs[key] = ({}, "") if unknown else (None, "its heads, run apart on a probe, do not add up to the whole"
                                                     if False in told else "its forward does not run on a probe")
-    way, why = out.proofs[key]
-    return (None if way is None else replace(found, **way)), why  # type: ignore[arg-type]
+    told_way, why = out.proofs[key]
+    return (None if told_way is None else replace(found, **told_way)), why
 
 
 def _linear(*layers: Any) -> bool:

@@ -77,11 +77,12 @@ def trainer_class() -> type:
             if (tp := _axis(self.model)) is None:
                 super()._save_optimizer_and_scheduler(output_dir)
                 return
+            model: Any = self.model
             optimizer: Any = self.optimizer
-            whole = whole_optimizer_state(self.model, optimizer)
+            whole = whole_optimizer_state(model, optimizer)
             optimizer.state_dict = lambda: whole                      # what the plain Trainer writes, on the first rank
             try:
-                with together(self.model):
+                with together(model):
                     if tp.rank == 0:
                         super()._save_optimizer_and_scheduler(output_dir)
             finally:

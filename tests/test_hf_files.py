@@ -16,7 +16,7 @@ from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Mesh
 
 pytest.importorskip("transformers")
-from hf import MODELS, close, make, sample, step
+from hf import MODELS, STACKED, close, make, sample, step
 
 
 @kept
@@ -220,7 +220,7 @@ CASES = [("llama", {"num_key_value_heads": 1}), ("qwen2", {}), ("mixtral", {}), 
 
 
 SLICES = [(n, more, {}) for n, more in CASES] + [("llama", {}, {"sequence_parallel": True}), ("gpt_oss", {}, {}), ("deepseek_v3", {}, {}),
-                                                 ("phi3", {}, {}), ("olmoe", {}, {"sequence_parallel": True})]
+                                                 ("phi3", {}, {})] + [("olmoe", {}, {"sequence_parallel": True})] * STACKED
 
 
 @pytest.mark.parametrize("name, more, options", SLICES, ids=[n + ("-sequence" if o else "") for n, _, o in SLICES])
