@@ -91,5 +91,5 @@ def test_a_capture_of_something_new_is_refused(monkeypatch):
         pad_of(object(), "gemm_ar", 4096, 8, torch.device("cuda"))
     pad = Pad.virtual(2, "gemm_ar", 4096, 8, "cpu")[0]
     pad.device = torch.device("cuda")
-    with pytest.raises(RuntimeError, match="gemm_ar: a call must have run once before it is captured in a CUDA graph, got a capture of 8 x"):
+    with pytest.raises(RuntimeError, match="gemm_ar: a call must have run once before it is captured in a CUDA graph, got a capture of 8"):
         pad.agree("8 x 8")

@@ -209,7 +209,8 @@ def unreleased(lines):
 
 
 def unacquired(lines):
-    """Flags that are looked at without acquire at system scope; and waits, which end in a barrier, without a proxy fence after the last look."""
+    """Flags that are looked at without acquire at system scope; and waits, which end in a barrier, without a proxy fence
+    after the last look."""
     bad, looked = 0, False
     for line in lines:
         if re.search(r"\bld\.(acquire|relaxed)\.sys", line):

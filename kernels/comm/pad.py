@@ -161,8 +161,8 @@ class Pad:
         every = meet((digest, str(mine)), self.group, self.op, "agree")  # type: ignore[arg-type]
         for r, (other, text) in enumerate(every):
             if other != every[0][0]:
-                raise CollectiveMismatch(f"{self.op}: rank 0 of group '{self.name}' {what} {every[0][1]}, but rank {r} {what} {text}{when}; "
-                                         f"every rank must make the same call (this is rank "
+                raise CollectiveMismatch(f"{self.op}: rank 0 of group '{self.name}' {what} {every[0][1]}, but rank {r} {what} {text}"
+                                         f"{when}; every rank must make the same call (this is rank "
                                          f"{self.rank})")
 
     def settle(self) -> None:
