@@ -202,8 +202,8 @@ def test_wgrad_runs_while_dgrad_is_communicated(world):
 
 
 def test_collectives_of_two_streams_take_turns(monkeypatch):
-    """A kernel over a pad has every SM while it waits for other ranks: nothing that waits for ranks may run beside it. What torch.distributed
-    does on two streams may. A capture waits for nothing outside of it."""
+    """A kernel over a pad has every SM while it waits for other ranks: nothing that waits for ranks may run beside it. What
+    torch.distributed does on two streams may. A capture waits for nothing outside of it."""
     from interlace.kernels.comm import pad
 
     class Stream(str):

@@ -149,6 +149,8 @@ def _mismatch(rank, world):
                                          r(200, 64, dtype=torch.float64 if odd else torch.float32), heap), "float64", "float32"),
              ("gemm_rs", lambda: (gemm_rs if odd else gemm_ar)(r(big, 64), r(200, 64), heap), "gemm_rs", "gemm_ar"),
              ("ag_gemm", lambda: ag_gemm(r(400, cols), r(9, cols), heap), "400 rows of 256", "400 rows of 200"),
+             ("ag_gemm", lambda: ag_gemm(r(400, 200), r(9, 200), heap, regather=odd),
+              "80000 x float32, in blocks", r"80000 x float32\)"),
              ("gemm_ar", lambda: gemm_ar(r(9, 5 if odd else 4), r(7, 5 if odd else 4), heap), "9 rows of 7, K 5", "9 rows of 7, K 4"),
              ("gemm_ar", lambda: all_reduce(r(4), heap) if odd else gemm_ar(r(2, 2), r(2, 2), heap), "all_reduce", "gemm_ar"),
              ("gemm_ar", lambda: gemm_ar(r(2, 4), r(2, 4), heap) if odd else gemm_ar(r(4, 2), r(1, 2), heap), "2 rows of 2", "4 rows of 1")]
@@ -156,7 +158,8 @@ def _mismatch(rank, world):
         with pytest.raises(CollectiveMismatch) as e:
             call()
         text = str(e.value)
-        assert re.search(theirs, text) and re.search(mine, text) and f"rank {rank} of group 'tp'" in text, (i, text)
+        assert re.search(theirs, text) and re.search(mine, text) and re.search(r"in epoch \d+;", text), (i, text)
+        assert f"rank {rank} of group 'tp'" in text, (i, text)
         got = gemm_ar(torch.ones(big, 1), torch.full((200, 1), float(rank)), heap)
         assert got.eq(sum(range(world))).all(), "the heap must stay usable"
     heap.close()
@@ -166,6 +169,9 @@ def _mismatch(rank, world):
         agree("gemm_ar", group, rows=4, cols=6 if odd else 5, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="gemm_ar: the group must serve the device of x, meta"):
         gemm_ar(r(2, 2, device="meta"), r(2, 2, device="meta"), group)
+    for call in (lambda: gemm_ar(r(2, 2), r(2, 2), -100), lambda: gemm_rs(r(2, 2), r(2, 2), -100), lambda: all_reduce(r(2), -100)):
+        with pytest.raises(ValueError, match="group must be a torch process group, a SymmHeap or None, got -100; is this rank a member"):
+            call()
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -3,10 +3,13 @@
 // Each access says its scope and its order. A flag is released at system scope behind a barrier of the block, and acquired at system
 // scope; data is relaxed. A multicast address is an alias of the ranks' own addresses: between an access through the one and an access
 // through the other the path has a fence.proxy.alias (PTX ISA, memory consistency model), which every wait contains.
-// BARRIER and ORDERED are the negative controls: a test compiles without them and must see a failure.
+// BARRIER, ORDERED and FENCE are the negative controls: a test compiles without them and must see a failure.
 #pragma once
 #ifndef INTERLACE_BARRIER
 #define INTERLACE_BARRIER 1
+#endif
+#ifndef INTERLACE_FENCE
+#define INTERLACE_FENCE 1
 #endif
 #ifndef INTERLACE_ORDERED
 #define INTERLACE_ORDERED 1
@@ -68,7 +71,11 @@ __device__ inline bool take_word(int* at) { return atomicCAS(at, 0, 1) == 0; }
 __device__ inline uint4 load_cell(const char* at) { return *reinterpret_cast<const uint4*>(at); }
 __device__ inline void store_cell(char* at, uint4 v) { *reinterpret_cast<uint4*>(at) = v; }
 
-__device__ inline void alias_fence() { asm volatile("fence.proxy.alias;" ::: "memory"); }
+__device__ inline void alias_fence() {
+#if INTERLACE_FENCE
+  asm volatile("fence.proxy.alias;" ::: "memory");
+#endif
+}
 
 // 16 bytes to the same place of every rank's allocation.
 __device__ inline void multimem_store(char* at, uint4 v) {

@@ -196,7 +196,7 @@ INTERLACE_API void interlace_heap_as(Heap* h, int op, int64_t rows, int64_t cols
 INTERLACE_API int interlace_walk_begin(Heap* heap, int op, int64_t rows, int64_t cols, int64_t inner, int dtype) {
   Call call(heap, uint32_t(op), nullptr, nullptr, 0);
   if (call.rc) return call.rc;
-  const Desc d{uint32_t(op), uint32_t(dtype), 0, 0, rows * cols, rows, cols, inner};
+  const Desc d{uint32_t(op), uint32_t(dtype), 0, IN_BLOCKS, rows * cols, rows, cols, inner};
   if (const int rc = first_tick(*heap, heap->epoch() + 1, d)) return rc;
   heap->as = uint32_t(op);
   call.rc = BUSY;  // stays taken

@@ -126,7 +126,7 @@ std::string describe(const Desc& d) {
   s += std::to_string(d.numel) + (d.dtype < 6 ? std::string(" x ") + types[d.dtype]
                                               : " elements of " + std::to_string(d.dtype - 6) + " bytes");
   if (d.op == DISPATCH || d.op == COMBINE) s += " a row, " + std::to_string(d.red) + " tokens at most";
-  return s + (d.staged ? ", staged)" : ")");
+  return s + (d.staged == IN_BLOCKS ? ", in blocks)" : d.staged ? ", staged)" : ")");
 }
 
 // A step that lets others go on is noted before it is done, one that waits for others after it: in the order of time a row then never
@@ -183,9 +183,9 @@ int first_wait(Heap& h, uint32_t t, const Desc& mine) {
     if (q != h.rank) h.note(COMPARE, t, q);
     const Desc& other = h.line[q].desc[t & 1];
     if (other == mine) continue;
-    return h.fail(MISMATCH, "%s: rank %d of group '%s' called %s, but %s called %s; every rank must make the same call",
+    return h.fail(MISMATCH, "%s: rank %d of group '%s' called %s, but %s called %s, in epoch %u; every rank must make the same call",
                   op_name(mine.op), h.rank, h.name.c_str(), describe(mine).c_str(), who(h, q).c_str(),
-                  describe(other).c_str());
+                  describe(other).c_str(), t);
   }
   return OK;
 }

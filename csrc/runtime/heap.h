@@ -37,7 +37,7 @@
 namespace interlace {
 
 struct Desc {
-  uint32_t op, dtype, red, staged;
+  uint32_t op, dtype, red, staged;  // staged: 1, IN_BLOCKS for a walk, whose ticks hold other rows
   int64_t numel;
   int64_t rows = 0, cols = 0, inner = 0;  // of a fused op: of the matrix that is exchanged, all blocks of it; its product's K
   bool operator==(const Desc& o) const {
@@ -55,6 +55,7 @@ struct alignas(128) Line {
 };
 static_assert(sizeof(Line) == 128 && std::atomic<uint32_t>::is_always_lock_free);
 
+enum : uint32_t { IN_BLOCKS = 2 };
 enum State : uint32_t { OPEN = 0, CLOSED = 1, BROKEN = 2 };
 enum Op : uint32_t { BARRIER, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, DISPATCH, COMBINE, GEMM_AR, GEMM_RS, AG_GEMM, RS_RESIDUAL_NORM };
 enum Step : int64_t { WRITE, DESCRIBE, SIGNAL, WAIT, COMPARE, READ };  // the table of them: kernels/comm/protocol.py

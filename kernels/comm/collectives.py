@@ -27,7 +27,7 @@ from ..dispatch import INTERPRET, traced
 from . import overlap
 from .heap import CODES, LIB, SymmHeap, _heaps, heap_of
 from .pad import in_turn
-from .registry import Group, group_size, register
+from .registry import Group, checked, group_size, register
 
 __all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "begin", "group_size", "reduce_scatter"]
 
@@ -44,7 +44,7 @@ def _heap(x: Tensor, group: Group) -> SymmHeap | None:
     if type(group) is SymmHeap:
         return group
     heap = _heaps.get(id(group), _unset)
-    return heap_of(group) if heap is _unset else heap  # type: ignore[return-value]
+    return heap_of(checked("collective", group)) if heap is _unset else heap  # type: ignore[return-value]
 
 
 def _torch_group(x: Tensor, group: Group) -> tuple[dist.ProcessGroup | None, int]:

@@ -146,23 +146,24 @@ class Pad:
         rank: one that left an exchange out would leave the others in it."""
         if key not in self._agreed:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(f"{self.op}: a call must have run once before it is captured in a CUDA graph, got a capture of {key} over "
-                                   f"group '{self.name}'; call it once before")
+                raise RuntimeError(f"{self.op}: a call must have run once before it is captured in a CUDA graph, got a capture of {key} "
+                                   f"over group '{self.name}'; call it once before")
             if self.group is not None:
                 self.settle()
-                self._agree((self.op, key), "called")
+                self._agree((self.op, key), "called", f", in epoch {int(self.local[0]) + 1}")
             self._agreed.add(key)
         self.check()
         if self.group is not None:                                    # virtual ranks must run at once
             in_turn(self.device, True)
 
-    def _agree(self, mine: tuple, what: str) -> None:
+    def _agree(self, mine: tuple, what: str, when: str = "") -> None:
         digest = hashlib.sha256(repr(mine).encode()).hexdigest()
         every = meet((digest, str(mine)), self.group, self.op, "agree")  # type: ignore[arg-type]
         for r, (other, text) in enumerate(every):
             if other != every[0][0]:
-                raise CollectiveMismatch(f"{self.op}: rank 0 of group '{self.name}' {what} {every[0][1]}, but rank {r} {what} {text}; "
-                                         f"every rank must make the same call (this is rank {self.rank})")
+                raise CollectiveMismatch(f"{self.op}: rank 0 of group '{self.name}' {what} {every[0][1]}, but rank {r} {what} {text}"
+                                         f"{when}; every rank must make the same call (this is rank "
+                                         f"{self.rank})")
 
     def settle(self) -> None:
         """Collective. When it returns, every kernel over the pad has ended, on all ranks. Raises: TimeoutError, on all of them where a

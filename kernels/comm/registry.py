@@ -42,7 +42,14 @@ def group_name(group: Group | str) -> str:
 def group_size(group: Group | str) -> int:
     """The number of ranks of `group`: 1 for None."""
     group = group_of(group)
-    return group.size if isinstance(group, SymmHeap) else 1 if group is None else dist.get_world_size(group)
+    return group.size if isinstance(group, SymmHeap) else 1 if group is None else dist.get_world_size(checked("group_size", group))
+
+
+def checked(op: str, group: Any) -> Any:
+    """group. Raises: ValueError where it is none: torch gives a rank that is no member of a new group an object that is no group."""
+    if not traced() and not isinstance(group, (dist.ProcessGroup, SymmHeap, str, type(None))):   # a tracer has a stand-in
+        raise ValueError(f"{op}: group must be a torch process group, a SymmHeap or None, got {group!r}; is this rank a member of it?")
+    return group
 
 
 def register(schema: str, run: Callable, fake: Callable, setup: Callable, backward: Callable, keep: int = 1,
@@ -57,5 +64,6 @@ def register(schema: str, run: Callable, fake: Callable, setup: Callable, backwa
     call = differentiable(name, setup, backward, keep, run, linear)
 
     def public(*inputs: Any) -> Any:
-        return call(*inputs[:-1], group_name(inputs[-1]) if traced() else group_of(inputs[-1]))
+        group = checked(name, inputs[-1])
+        return call(*inputs[:-1], group_name(group) if traced() else group_of(group))
     return public
