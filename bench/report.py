@@ -84,7 +84,7 @@ def footnotes(rows: list[Row]) -> list[str]:
 
 
 def plots(rows: list[Row], folder: Path) -> list[Path]:
-    """<op>.png and <op>.svg: a column of panels per function, type and pass; [] where matplotlib is not installed."""
+    """<op>.png and <op>.svg: two panels per function, type and pass; [] where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -100,29 +100,56 @@ def plots(rows: list[Row], folder: Path) -> list[Path]:
                 groups[f"{r['case']['call']} {r['case']['dtype']} {r['case']['pass']}"].append(r)
         if not groups:
             continue
-        figure = Figure(figsize=(4.2 * len(groups), 6), layout="constrained")
-        axes = figure.subplots(2, len(groups), squeeze=False)
-        for column, (title, of) in enumerate(groups.items()):
-            _panel(axes[0][column], axes[1][column], title, of)
-        axes[0][0].legend(fontsize=7)
+        figure, axes = _axes(Figure, len(groups))
+        colours = {way: f"C{i}" for i, way in enumerate(dict.fromkeys(r["way"] for r in rows if r["op"] == op))}
+        for (top, bottom), (title, of) in zip(axes, groups.items()):
+            _panel(top, bottom, title, of, colours)
+        ways = {label: line for top, _ in axes for line, label in zip(*top.get_legend_handles_labels())}
+        figure.legend(ways.values(), ways, fontsize=8, ncols=min(6, len(ways)), loc="outside upper center")
         folder.mkdir(parents=True, exist_ok=True)
         for kind in ("png", "svg"):
             made.append(folder / f"{op}.{kind}")
-            figure.savefig(made[-1], dpi=80)
+            figure.savefig(made[-1], dpi=90)
     return made
 
 
-def _panel(top: Any, bottom: Any, title: str, rows: list[Row]) -> None:
+def _axes(figure: Any, panels: int) -> tuple[Any, list[tuple[Any, Any]]]:
+    """A figure and its pairs of axes, time above percent, four pairs to a line."""
+    across = min(4, panels)
+    down = -(-panels // across)
+    made = figure(figsize=(4.2 * across, 0.5 + 5.5 * down), layout="constrained")
+    every = made.subplots(2 * down, across, squeeze=False)
+    pairs = [(every[2 * line][i], every[2 * line + 1][i]) for line in range(down) for i in range(across)]
+    for top, bottom in pairs[panels:]:
+        top.remove()
+        bottom.remove()
+    return made, pairs[:panels]
+
+
+def _panel(top: Any, bottom: Any, title: str, rows: list[Row], colours: dict[str, str]) -> None:
+    """A way has one colour in all panels. Size: FLOPs where there are many to a byte, as in a GEMM, whose shapes may share their bytes."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+    by = "flops" if any(r["flops"] > 40 * r["bytes"] for r in rows) else "bytes"
+    size = lambda r: r[by] or 1  # noqa: E731
     for way in dict.fromkeys(r["way"] for r in rows):
-        mine = sorted((r for r in rows if r["way"] == way), key=lambda r: (r["bytes"] or r["flops"]))
-        x = [r["bytes"] or r["flops"] or 1 for r in mine]
-        style = ":" if way in BOUNDS else "-"
-        top.plot(x, [r["p50_us"] for r in mine], style, marker=".", label=way)
-        top.fill_between(x, [r["p20_us"] for r in mine], [r["p80_us"] for r in mine], alpha=0.15)
-        bottom.plot(x, [r["roof_percent"] if r["roof_percent"] is not None else float("nan") for r in mine], style, marker=".")
+        mine = sorted((r for r in rows if r["way"] == way), key=size)
+        x, style = [size(r) for r in mine], {"color": colours[way], "ls": ":" if way in BOUNDS else "-", "marker": "."}
+        top.plot(x, [r["p50_us"] for r in mine], label=way, **style)
+        top.fill_between(x, [r["p20_us"] for r in mine], [r["p80_us"] for r in mine], alpha=0.15, color=colours[way])
+        bottom.plot(x, [r["roof_percent"] if r["roof_percent"] is not None else float("nan") for r in mine], **style)
+        if way == "interlace":
+            for r, at in zip(mine, x):
+                bottom.annotate(r["case"]["name"], (at, r["roof_percent"] or 0), fontsize=5, rotation=60, alpha=0.7,
+                                xytext=(0, 3), textcoords="offset points")
     top.set(xscale="log", yscale="log", title=title, ylabel="us, p50 and p20 to p80")
     top.title.set_fontsize(8)
-    bottom.set(xscale="log", xlabel="bytes" if rows[0]["bytes"] else "FLOPs", ylabel="% of this machine's roof")
+    bottom.axhline(100, color="grey", lw=0.5)
+    bottom.set(xscale="log", xlabel={"flops": "FLOPs"}.get(by, by), ylabel="% of this machine's roof")
+    bottom.set_ylim(bottom=0)
+    for axis in (top.xaxis, bottom.xaxis):
+        axis.set_major_locator(LogLocator(10, (1.0, 3.0), numticks=6))
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_tick_params(labelsize=7)
 
 
 def main(folder: Path) -> int:
