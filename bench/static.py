@@ -459,10 +459,12 @@ def main(out: str | Path | None = None, arches: Sequence[str] = ARCHES, *, accep
     version = _needs_compiler()
     from rich.console import Console
     from rich.progress import track
+
+    from .command import writable
     folder = Path(out) if out is not None else cache_folder()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out must be a folder, got the file {folder}; name another")
-    folder.mkdir(parents=True, exist_ok=True)
+    writable(folder, "bench --static")
     console = Console() if sys.stdout.isatty() else Console(width=170)
     rows = list(track(compiled_rows(arches, roofs), "compiling", console=Console(stderr=True), transient=True))
     for arch in arches:

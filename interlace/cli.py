@@ -164,7 +164,7 @@ def _open_streams() -> None:
     """A stream that was closed (2>&-) becomes /dev/null: else the next file that is opened would take its number."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), "w" if fd else "r", encoding="utf-8"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if fd else "r", encoding="utf-8"))
 
 
 def _no_strangers(parser: argparse.ArgumentParser, args: argparse.Namespace, loose: list[str]) -> None:

@@ -35,9 +35,12 @@ def generate(out: str | Path, prompt: str = "", *, tokens: int = 200, temperatur
     out: the folder of a run, or of one of its checkpoints. stream: where to write as it goes (default: nowhere).
     Raises: UserError when there is no checkpoint."""
     out = Path(out)
+    folder: Path | None = out
     if (out / "state.json").exists():
-        folder, out = out, out.parent.parent
-    elif (folder := checkpoint.find(out)) is None:
+        out = out.parent.parent
+    else:
+        folder = checkpoint.find(out)
+    if folder is None:
         raise UserError(f"generate: --out must be the folder of a run that saved a checkpoint, got {out}; train first: "
                         f"interlace train --out {out}")
     if not (out / "config.yaml").exists():
