@@ -167,8 +167,11 @@ def _weigh(xk, total, m, FUNC: tl.constexpr, NORM: tl.constexpr):
     else:
         q, slope = _unit(xk, FUNC)
         if NORM:
-            total = tl.broadcast_to(tl.sum(q, axis=1)[:, None] + 1e-20, q.shape)
-            q, slope = tl.div_rn(q, total), slope / total             # exactly 1 for one choice, where / is a few ulp off on a GPU
+            total = tl.sum(q, axis=1)[:, None] + 1e-20
+            one = q
+            q, slope = q / total, slope / total
+            if q.shape[1] == 1:                                       # exactly 1, where a GPU's division is an ulp off
+                q = tl.where(one > 1e-12, 1.0, q)
     return tl.where(xk == -float("inf"), 0.0, q), tl.where(xk == -float("inf"), 0.0, slope)
 
 

@@ -54,6 +54,8 @@ def forward_backward(ddp: DistributedDataParallel, data: Any, samples: int, m: M
     ddp.module.scale_losses(1 / len(mine))
     if mesh.pp.size > 1:
         return _pipelined(ddp, data, samples, mine, m, device)
+    if any("global_aux_loss" in layer.balancing for layer in ddp.module.moe_layers().values()):
+        ddp.ready()                                                   # it counts over dp, where ZeRO-1's weights may still be on their way
     total: Tensor | None = None
     for i in mine:
         first = samples + i * m.micro_batch_size

@@ -363,6 +363,27 @@ def test_experts_reduced_over_dp_are_found(tp, ep):
 # ---- failures -------------------------------------------------------------------------------------------------
 
 
+def _late_weights(rank):
+    """Rank 1 gives its part of the weights late: rank 0's next forward must not use the dp axis until they are there."""
+    cfg = config({"num_moe_experts": 4, "moe_router_load_balancing_type": "global_aux_loss", "micro_batch_size": 1, "global_batch_size": 2},
+                 use_distributed_optimizer=True).model
+    ddp = DistributedDataParallel(GPT(cfg, mesh := mesh2(), vocab_size=45, dtype=F64), mesh, bucket_size=3000,
+                                  use_distributed_optimizer=True)
+    optimizer, now = Optimizer(ddp, OptimConfig()), data_parallel.all_gather
+    data_parallel.all_gather = lambda *args, **kw: (time.sleep(0.05 * rank), now(*args, **kw))[1]
+    try:
+        for step in range(2):
+            forward_backward(ddp, RandomTokens(45, cfg.seq_length, 0), 2 * step, cfg)
+            optimizer.step(0.01, wait=False)
+        ddp.ready()
+    finally:
+        data_parallel.all_gather = now
+
+
+def test_counts_over_dp_wait_for_the_weights_of_zero1():
+    run(2, _late_weights)
+
+
 def _error_in_the_thread(rank):
     where = []
 

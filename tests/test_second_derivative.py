@@ -1,4 +1,4 @@
-"""create_graph=True: an op has a right second derivative, or says that it has none. What its kernels compute must not pass for a constant."""
+"""create_graph=True: an op has a right second derivative, or says that it has none; what its kernels compute is no constant."""
 import pytest
 import torch
 from ranks import run
@@ -36,7 +36,8 @@ NONE = {
     "layer_norm": (layer_norm, (5, 8), (8,), (8,)), "add_layer_norm": (lambda *a: sum(add_layer_norm(*a)), (5, 8), (5, 8), (8,), (8,)),
     "swiglu": (swiglu, (5, 8)), "swiglu with probs": (swiglu, (5, 8), (5,)), "gated": (gated, (5, 8), (5, 8)), "gelu": (gelu, (5, 8)),
     "cross_entropy": (lambda x: cross_entropy(x, IDS[:, 0]), (5, 7)), "router": (lambda x: router(x, 2).probs, (5, 4)),
-    "unpermute": (lambda y, p: unpermute(y, PLAN, p), (10, 3), (5, 2)), "grouped_gemm": (lambda x, w: grouped_gemm(x, w, PLAN.offsets), (10, 6), (4, 3, 6)),
+    "unpermute": (lambda y, p: unpermute(y, PLAN, p), (10, 3), (5, 2)),
+    "grouped_gemm": (lambda x, w: grouped_gemm(x, w, PLAN.offsets), (10, 6), (4, 3, 6)),
     "expert_mlp": (lambda x, w, v, p: expert_mlp(x, w, v, PLAN, p), (5, 6), (4, 8, 6), (4, 6, 4), (5, 2)),
 }
 LINEAR = {
