@@ -43,6 +43,7 @@ NONE = {
 LINEAR = {
     "dropout": (lambda x: dropout(x, 0.3, 1), (5, 8)), "jitter": (lambda x: jitter(x, 0.3, 1), (5, 8)),
     "rope": (lambda x: rope(x, *TABLES), (5, 2, 3, 6)), "permute": (lambda x: permute(x, PLAN), (5, 3)),
+    "copy_gemm": (copy_gemm, (5, 8), (4, 8)),
 }
 
 
@@ -65,7 +66,7 @@ def test_none_is_refused(name):
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_ops_have_one(name):
     fn, *shapes = LINEAR[name]
-    assert torch.autograd.gradgradcheck(lambda x: fn(x.square()), _inputs(shapes))
+    assert torch.autograd.gradgradcheck(lambda *a: fn(*(x.square() for x in a)), _inputs(shapes))
 
 
 def _over_ranks(rank):

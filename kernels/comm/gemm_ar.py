@@ -19,13 +19,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..dispatch import traced
+from ..dispatch import once, traced
 from . import overlap
 from .agree import agree, choose_path
 from .choose import KERNELS
 from .collectives import all_reduce, begin
 from .gemm import check_gemm, flat, gemm, ready
-from .registry import Group, group_of, register
+from .registry import Group, group_of, group_size, register
 from .walk import summed_product
 
 # ---- reference ------------------------------------------------------------------------------------------------
@@ -106,12 +106,18 @@ def _copy_gemm_backward(ctx, dy):
     return reduced_product(flat(dy), w, group_of(ctx.group), dw).view(x.shape), dw(), None
 
 
+def _copy_gemm_twice(ctx, dy):
+    """On one rank the backward is made of products that have gradients; over ranks those would lack an all-reduce."""
+    return (_copy_gemm_backward if group_size(ctx.group) == 1 else once("copy_gemm")(_copy_gemm_backward))(ctx, dy)
+
+
 def _fake(x: Tensor, w: Tensor, world: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], w.shape[0])
 
 
 _gemm_ar = register("gemm_ar(Tensor x, Tensor w, str group) -> Tensor", _gemm_ar_run, _fake, _setup, _gemm_ar_backward)
-_copy_gemm = register("copy_gemm(Tensor x, Tensor w, str group) -> Tensor", _copy_gemm_run, _fake, _setup, _copy_gemm_backward)
+_copy_gemm = register("copy_gemm(Tensor x, Tensor w, str group) -> Tensor", _copy_gemm_run, _fake, _setup, _copy_gemm_twice,
+                      linear=True)
 
 # ---- public ---------------------------------------------------------------------------------------------------
 
