@@ -24,7 +24,7 @@ from ..parallel.mesh import Axis, Mesh
 from .experts import check_experts, spread_experts
 from .pipeline import plan_stages
 from .sequence import split_sequence
-from .split import STYLES, TRANSPOSED, Plan, Split, alike, check_mesh, check_tied, gather, split_all, transposed, whole_all
+from .split import STYLES, TRANSPOSED, Plan, Split, alike, check_tied, gather, split_all, transposed, whole_all
 from .structure import ATTENTION, FORWARD, split_attention, split_mlp, split_vocabulary, table_options
 
 __all__ = ["STYLES", "Plan", "Split", "gather", "make_plan", "split_all", "whole_all"]
@@ -33,7 +33,6 @@ __all__ = ["STYLES", "Plan", "Split", "gather", "make_plan", "split_all", "whole
 def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh, plan: str | Mapping[str, str] | None,
               strict: bool, sequence_parallel: bool = False) -> Plan:
     """What to split, checked as a whole. Raises: ValueError with every problem."""
-    check_mesh(mesh)
     out, tp = Plan(), mesh.tp
     out.problems += check_experts(mesh)
     if sequence_parallel and plan != "auto":

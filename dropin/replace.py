@@ -30,6 +30,7 @@ from .pipeline import cut_stages, stage_gradients, whole_stages
 from .product import recognise_product
 from .report import Report, Row, Verification
 from .save import guard, unguard
+from .split import check_mesh
 
 __all__ = ["replace_", "restore_", "use", "verify"]
 
@@ -62,11 +63,12 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
     names = _kernels(kernels)
     chosen, notes = _chosen(model, None if only is None else list(only), skip, strict)
     _check_model(model, chosen)
+    mesh = check_mesh(Mesh() if mesh is None else mesh)
     names = _without_products(chosen, names, mesh)
-    layers = make_plan(model, chosen, mesh or Mesh(), plan, strict, sequence_parallel)
+    layers = make_plan(model, chosen, mesh, plan, strict, sequence_parallel)
     loss, loss_row = _look_at_loss(model, names, only, skip)
     if not gather_logits:
-        loss = split_logits(layers, model, loss, (mesh or Mesh()).tp)
+        loss = split_logits(layers, model, loss, mesh.tp)
     report = Report(notes=notes + layers.notes + _meta_notes(model), dry_run=dry_run)
     todo: list[tuple[Any, type, Change]] = []
     torchs: Counter[str] = Counter()
@@ -88,13 +90,13 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
     return report
 
 
-def _put(model: nn.Module, todo: list[tuple[Any, type, Change]], layers: _Plan, mesh: Mesh | None) -> None:
+def _put(model: nn.Module, todo: list[tuple[Any, type, Change]], layers: _Plan, mesh: Mesh) -> None:
     """All changes, or none: the parts of weights are made before the first module is split."""
     for module, kind, change in todo:
         module._interlace = change
         module.__class__ = fused_class(kind, change.original)
     try:
-        if layers.splits and mesh is not None:
+        if layers.splits:
             split_all(model, list(layers.splits.values()), layers.partial, mesh.tp)
             guard(model)
         if layers.stages is not None:
@@ -195,9 +197,9 @@ def _meta_notes(model: nn.Module) -> list[str]:
     return ["the weights are on meta: load_pretrained_(model, folder) fills them"] if empty else []
 
 
-def _without_products(chosen: list[tuple[str, nn.Module]], names: tuple[str, ...], mesh: Mesh | None) -> tuple[str, ...]:
+def _without_products(chosen: list[tuple[str, nn.Module]], names: tuple[str, ...], mesh: Mesh) -> tuple[str, ...]:
     """The kernels without gemm where layers are cut: the parallel layers have it. Raises: ValueError for layers that have it already."""
-    cut = {} if mesh is None else {n: a.size for n, a in (("tp", mesh.tp), ("ep", mesh.ep), ("pp", mesh.pp)) if a.size > 1}
+    cut = {n: a.size for n, a in (("tp", mesh.tp), ("ep", mesh.ep), ("pp", mesh.pp)) if a.size > 1}
     stands = [n for n, m in chosen if cut and isinstance(m, Fused) and m._interlace.kernel == "gemm"]
     raise_problems("replace_", [f"a mesh of {cut} needs linear layers as they were, got gemm in {n} and {len(stands) - 1} more; "
                                 "call restore_ first" for n in stands[:1]])

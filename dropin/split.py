@@ -102,10 +102,11 @@ def alike(problems: list[str]) -> list[str]:
     return [same[0] if len(same) == 1 else f"{name} ({len(same)} times){rest}" for (name, rest), same in groups.items()]
 
 
-def check_mesh(mesh: Any) -> None:
+def check_mesh(mesh: Any) -> Mesh:
     if not isinstance(mesh, Mesh):
         raise ValueError(f"replace_: mesh must be an interlace.Mesh, got {type(mesh).__name__}; pass interlace.Mesh.build(interlace.Layout("
                          "world=..., tp=...)) on every rank")
+    return mesh
 
 
 def check_tied(out: Plan, model: nn.Module) -> None:

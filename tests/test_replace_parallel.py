@@ -1,5 +1,6 @@
 """Foreign decoders over tp, sp, ep and dp: logits, loss and every gradient of a split model against the whole one in float64."""
 import copy
+import statistics
 
 import pytest
 import torch
@@ -323,11 +324,11 @@ def test_loss_over_split_logits(name, sp):
 
 
 def _bf16(rank, name, ep, sp):
-    """No further from float64 than stock in bf16: mean over all gradients. Of three batches the least, where a token may stand between
-    two experts: whether it goes where it goes in float64 is luck, for stock as for us, and outweighs all rounding."""
+    """No further from float64 than stock in bf16: mean over all gradients. With experts the median of eight small batches: whether a
+    token between two experts goes where it goes in float64 is luck, for stock as for us, and outweighs all rounding."""
     m, errors = mesh(2, 2, ep), []
-    for seed in range(3):
-        model, batch = make(name, torch.bfloat16), sample(4, 16)
+    for seed in range(8 if name in MOE else 3):
+        model, batch = make(name, torch.bfloat16), sample(1, 8) if name in MOE else sample(4, 16)
         batch = {k: (v * (seed + 1)) % 61 if torch.is_tensor(v) else v for k, v in batch.items()}
         truth = step(copy.deepcopy(model).double(), batch)
         error = lambda got: sum(float((got[n].double() - t).norm() / t.norm()) for n, t in truth.items()) / len(truth)  # noqa: E731, B023
@@ -336,7 +337,7 @@ def _bf16(rank, name, ep, sp):
         interlace.replace_(model, m, sequence_parallel=sp)
         got = step(model, batch)
         errors.append((stock, error({"logits": got["logits"], "loss": got["loss"]} | whole_gradients(model, m))))
-    stock, ours = map(min, zip(*errors))
+    stock, ours = map(statistics.median, zip(*errors))
     assert ours <= 1.25 * stock, f"{ours:.3g} against {stock:.3g} of stock: {errors}"   # one sample of a tiny model: 0.8 to 1.17 seen
 
 
