@@ -19,7 +19,7 @@ from interlace.kernels.comm import (
     dispatch_plan,
     dispatch_ref,
 )
-from interlace.kernels.comm.heap import LIB, _heaps
+from interlace.kernels.comm.heap import LIB, keep_heap
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -72,7 +72,7 @@ def _groups():
         yield heap
         heap.close()
     group = dist.new_group(list(range(dist.get_world_size())))
-    _heaps[id(group)] = None
+    keep_heap(group, None)
     yield group
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..dispatch import build_info
 from .machine import Machine, here
 
-__all__ = ["CODES", "CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHeap", "by_hand", "heap_of", "meet"]
+__all__ = ["CODES", "CollectiveMismatch", "HeapUnavailable", "PeerDied", "SymmHeap", "by_hand", "heap_of", "keep_heap", "meet"]
 
 # Codes of the sums in csrc/runtime/heap.h; other types travel as bytes, as code 6 + itemsize.
 CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.int32: 5}
@@ -349,9 +349,8 @@ def heap_of(group: "dist.ProcessGroup | SymmHeap") -> SymmHeap | None:
     global _warned
     if isinstance(group, SymmHeap):
         return group
-    key = id(group)
-    if key in _heaps:
-        return _heaps[key]
+    if id(group) in _heaps:
+        return _heaps[id(group)]
     heap = None
     if dist.get_world_size(group) > 1:
         try:
@@ -361,6 +360,11 @@ def heap_of(group: "dist.ProcessGroup | SymmHeap") -> SymmHeap | None:
                 _warned = True
                 why = getattr(e, "strerror", None) or e
                 warnings.warn(f"interlace: collectives go through torch.distributed, not shared memory: {why}", stacklevel=3)
-    _heaps[key] = heap
-    weakref.finalize(group, _heaps.pop, key, None)
+    keep_heap(group, heap)
     return heap
+
+
+def keep_heap(group: dist.ProcessGroup, heap: SymmHeap | None) -> None:
+    """`heap_of(group)` from now on; None: its collectives go through torch.distributed. Forgotten with the group, whose id comes back."""
+    _heaps[id(group)] = heap
+    weakref.finalize(group, _heaps.pop, id(group), None)
