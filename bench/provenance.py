@@ -88,7 +88,7 @@ def provenance(seed: int = 0) -> dict[str, Any]:
                      **{p: v for p in PEERS if (v := _version(p))}},
         "commit": commit or None, "dirty": bool(_git(*STATUS)) if commit else None,
         "clocks": clocks(), "load": round(os.getloadavg()[0], 2), "seed": seed, "threads": torch.get_num_threads(),
-        "command": shlex.join(["interlace", *sys.argv[1:]]), "malloc_tuned": tune_malloc(),
+        "command": shlex.join([*_program(), *sys.argv[1:]]), "malloc_tuned": tune_malloc(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(SHOWN)},
     }
 
@@ -117,3 +117,8 @@ class Neighbours:
 
     def spent(self) -> float:
         return time.process_time() - self.own
+
+
+def _program() -> list[str]:
+    """What was typed before the arguments: bench/readme.py is a program of its own."""
+    return ["python", "-m", "interlace.bench.readme"] if Path(sys.argv[0]).name == "readme.py" else ["interlace"]

@@ -156,7 +156,7 @@ def _beside(rank, world):
     """dw is computed between the begin of what it does not need and the wait for it; the same numbers as over shared memory."""
     import sys
     near, far, log = dist.group.WORLD, _far(world), []
-    modules = [sys.modules[f"interlace.kernels.comm.{name}"] for name in ("gemm_ar", "gemm_rs")]
+    ar, rs, collectives = (sys.modules[f"interlace.kernels.comm.{name}"] for name in ("gemm_ar", "gemm_rs", "collectives"))
 
     def begin(real):
         def begun(op, x, group):
@@ -179,8 +179,9 @@ def _beside(rank, world):
             leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
             y = fn(*leaves, group)
             with pytest.MonkeyPatch.context() as patch:
-                for module in modules:
+                for module in (rs, collectives):
                     patch.setattr(module, "begin", begin(module.begin))
+                for module in (ar, rs):
                     patch.setattr(module, "gemm", gemm(module.gemm))
                 log.clear()
                 y.backward(dy)

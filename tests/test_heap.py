@@ -182,6 +182,14 @@ def _forgotten(rank, world):
         del group
         gc.collect()
         assert heap() is None and set(module._heaps) == kept and len(os.listdir("/proc/self/task")) == threads
+    denied = dist.new_group(list(range(world)))
+    module.keep_heap(denied, None)
+    assert module.heap_of(denied) is None and len(module._heaps) == len(kept) + 1
+    dist.barrier()
+    dist.destroy_process_group(denied)
+    del denied
+    gc.collect()
+    assert set(module._heaps) == kept, "the next group of this id would have no heap, on this rank alone"
     heap = SymmHeap(dist.group.WORLD, 4096)
     heap._group = lambda: None
     with pytest.raises(RuntimeError, match="its process group must be alive, got one that was destroyed"):

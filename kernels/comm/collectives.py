@@ -29,7 +29,7 @@ from .heap import CODES, LIB, SymmHeap, _heaps, heap_of
 from .pad import in_turn
 from .registry import Group, checked, group_size, register
 
-__all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "begin", "group_size", "reduce_scatter"]
+__all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "begin", "beside", "group_size", "reduce_scatter"]
 
 _OPS = {"sum": (0, dist.ReduceOp.SUM), "max": (1, dist.ReduceOp.MAX)}
 _unset = object()
@@ -171,6 +171,15 @@ def begin(op: str, x: Tensor, group: Group) -> tuple[Tensor, Callable[[], object
         return x, dist.all_reduce(x, group=pg, async_op=True).wait
     y = x.new_empty(x.shape[0] * size if op == "all_gather" else x.shape[0] // size, *x.shape[1:])
     return y, (_gather_into if op == "all_gather" else _scatter_into)(y, x, group=pg, async_op=True).wait
+
+
+def beside(op: str, x: Tensor, group: Group, meanwhile: Callable[[], object] | None) -> Tensor:
+    """What `begin` begins, with meanwhile() run before it is waited for."""
+    y, wait = begin(op, x, group)
+    if meanwhile is not None:
+        meanwhile()
+    wait()
+    return y
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------

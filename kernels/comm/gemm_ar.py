@@ -23,7 +23,7 @@ from ..dispatch import once, traced
 from . import overlap
 from .agree import agree, choose_path
 from .choose import KERNELS
-from .collectives import all_reduce, begin
+from .collectives import all_reduce, beside
 from .gemm import check_gemm, flat, gemm, ready
 from .registry import Group, group_of, group_size, register
 from .walk import summed_product
@@ -50,11 +50,7 @@ def reduced_product(a: Tensor, b: Tensor, group: Group, meanwhile: Callable[[], 
         return summed_product("gemm_ar", a, b, heap, 0, M)
     if path.name == "torch.distributed":
         agree("gemm_ar", group, rows=M, cols=N, inner=K, dtype=a.dtype)
-        y, wait = begin("all_reduce", gemm(a, b), group)
-        if meanwhile is not None:
-            meanwhile()
-        wait()
-        return y
+        return beside("all_reduce", gemm(a, b), group, meanwhile)
     if path.name != "heap, staged":
         y = gemm(a, b)
         heap.serve("gemm_ar", M, N, K)

@@ -19,7 +19,7 @@ from ..dispatch import traced
 from . import overlap
 from .agree import agree, choose_path
 from .choose import KERNELS
-from .collectives import _gather, all_gather, begin, reduce_scatter
+from .collectives import _gather, all_gather, begin, beside, reduce_scatter
 from .gemm import check_gemm, flat, gemm
 from .registry import Group, group_of, group_size, register
 from .walk import gathered_product, summed_product
@@ -51,11 +51,7 @@ def scattered_product(a: Tensor, b: Tensor, group: Group, meanwhile: Callable[[]
         return summed_product("gemm_rs", a, b, heap, heap.rank * part, (heap.rank + 1) * part)
     if path.name == "torch.distributed":
         agree("gemm_rs", group, rows=M, cols=N, inner=K, dtype=a.dtype)
-        y, wait = begin("reduce_scatter", gemm(a, b), group)
-        if meanwhile is not None:
-            meanwhile()
-        wait()
-        return y
+        return beside("reduce_scatter", gemm(a, b), group, meanwhile)
     y = gemm(a, b, out=heap.stage((M, N), a.dtype) if path.name == "heap, staged" else None)
     heap.serve("gemm_rs", M, N, K)
     return reduce_scatter(y, heap)
