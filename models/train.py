@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..kernels.comm import all_reduce, paths_taken
+from ..kernels.comm import all_reduce, forget_paths, paths_taken
 from ..kernels.dispatch import not_built
 from ..parallel.data_parallel import DistributedDataParallel
 from ..parallel.errors import RunError, UserError
@@ -138,6 +138,7 @@ class Run:
             log, progress = MetricsLog(self.out, step=self.step), Progress(self.out, self.step, c.trainer.max_steps,
                                                                            every=c.trainer.log_every_n_steps)
         self.model.train()
+        forget_paths()
         tokens, first = c.model.global_batch_size * c.model.seq_length, self.step + 1
         left = c.trainer.max_steps - self.step
         skip = min(2, left - 1)

@@ -17,7 +17,7 @@ from .machine import Machine
 from .pad import pad_machine, pad_multicast, pad_room
 from .registry import Group, group_size
 
-__all__ = ["agree", "check_device", "choose_path", "paths_taken"]
+__all__ = ["agree", "check_device", "choose_path", "forget_paths", "paths_taken"]
 
 _agreed: set[tuple] = set()
 _taken: dict[tuple, Path] = {}
@@ -50,9 +50,17 @@ def choose_path(op: str, rows: int, cols: int, inner: int, x: Tensor, group: Gro
 
 
 def paths_taken() -> list[str]:
-    """A line for every op, size and type this process has run over more than one rank: which path, and why."""
+    """A line for every op, size and type this process has run over more than one rank: which path, and why.
+
+    Since `forget_paths`."""
     return [f"{op} [{rows} x {cols}, K {inner}, {str(dtype)[6:]}, {world} ranks] {path}"
             for (op, rows, cols, inner, dtype, world), path in _taken.items() if world > 1]
+
+
+def forget_paths() -> None:
+    """`paths_taken` begins anew: a second run in one process tells its own paths."""
+    _choose.cache_clear()
+    _taken.clear()
 
 
 def agree(op: str, group: Group, **what: object) -> None:
