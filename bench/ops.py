@@ -12,6 +12,7 @@ OPS = {                                                               # name of 
     "gated": ("one", "gated: silu, gelu and gelu_tanh of a gate, times up"),
     "gelu": ("one", "gelu, exact and tanh"),
     "rope": ("one", "rope on a slice of a fused qkv buffer"),
+    "attention": ("one", "causal attention on slices of a fused qkv buffer, on CPU"),
     "dropout": ("one", "dropout, whole and a shard"),
     "jitter": ("one", "jitter, the noise on a router's input"),
     "cross_entropy": ("one", "cross_entropy"),

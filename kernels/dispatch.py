@@ -34,7 +34,7 @@ except ImportError:                                                   # no wheel
 
     triton = tl = _Absent()
 
-__all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "ONE_PASS", "build_info", "cpu_flags", "define", "differentiable", "fused",
+__all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "ONE_PASS", "TILES", "build_info", "cpu_flags", "define", "differentiable", "fused",
            "not_built", "once", "row_programs", "row_warps", "tl", "traced", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -96,18 +96,20 @@ def not_built() -> str:
 
 
 CPP = not INTERPRET and not _REFERENCE_ONLY and _load_cpp()
+TILES = CPP and {"avx2", "fma"} <= set(build_info().get("cpu_flags", ()))    # csrc/cpu/gemm.h has the vectors that it needs
 CUDA = not INTERPRET and not _REFERENCE_ONLY and _load_cuda()
 
 
-def define(schema: str, launch: Callable | None, fake: Callable, everywhere: bool = False) -> None:
+def define(schema: str, launch: Callable | str, fake: Callable, everywhere: bool = False) -> None:
     """Declare op `interlace::<schema>`: its Triton launcher, and its fake for tracing. C++ adds the CPU side.
 
-    launch: None where csrc/cuda has it alone. everywhere: launch serves every device (it asks for itself which path to take)."""
+    launch: "csrc/cuda" or "csrc/cpu" where that has it alone. everywhere: launch serves every device (it asks for itself which path
+    to take)."""
     name = schema.split("(")[0]
     LIB.define(schema)
-    if launch is None:
+    if launch == "csrc/cuda":
         CUDA_ONLY.append(name)
-    for key in () if launch is None else ("CompositeExplicitAutograd",) if everywhere else ("CUDA", "CPU") if INTERPRET else ("CUDA",):
+    for key in () if isinstance(launch, str) else ("CompositeExplicitAutograd",) if everywhere else ("CUDA", "CPU") if INTERPRET else ("CUDA",):
         LIB.impl(name, launch, key)
     torch.library.register_fake(f"interlace::{name}", fake, lib=LIB)
 

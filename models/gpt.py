@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels import add_layer_norm, add_rms_norm, dropout, gelu, layer_norm, rms_norm, rope, rope_tables, swiglu
+from ..kernels import add_layer_norm, add_rms_norm, attention, dropout, gelu, layer_norm, rms_norm, rope, rope_tables, swiglu
 from ..kernels.comm import rs_residual_norm
 from ..parallel.deferred import Deferred
 from ..parallel.expert_parallel import MoELayer, RouterOptions
@@ -103,22 +103,18 @@ class Attention(nn.Module):
         q, k, v = (x.view(S, B, -1, self.Dh) for x in qkv.split(self.qkv_proj.sizes, -1))
         if tables is not None:
             q, k = rope(q, *tables), rope(k, *tables)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))          # [B, heads, S, Dh]
-        if k.shape[1] != q.shape[1]:                                  # torch's CPU flash kernel wants as many: GQA
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        if self.training and self.cfg.attention_dropout:
-            o = self._with_dropout(q, k, v, first_sample)
-        else:
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return o.permute(2, 0, 1, 3).reshape(S, B, -1)
+        o = self._with_dropout(q, k, v, first_sample) if self.training and self.cfg.attention_dropout else attention(q, k, v)
+        return o.reshape(S, B, -1)
 
     def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, first_sample: int) -> Tensor:
         """torch's attention draws its own mask, which depends on the layout: ours is applied to the explicit probabilities."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))          # [B, heads, S, Dh]
         (_, Hl, S, _), H = q.shape, self.cfg.num_attention_heads
+        k, v = (x.repeat_interleave(Hl // k.shape[1], dim=1) for x in (k, v))
         mask = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
         p = ((q @ k.transpose(-1, -2)) * self.Dh**-0.5).masked_fill(~mask, float("-inf")).softmax(-1)
         base = first_sample * H * S * S + self.tp.rank * Hl * S * S
-        return self.dropout(p, base, (H * S * S, S * S, S, 1)) @ v
+        return (self.dropout(p, base, (H * S * S, S * S, S, 1)) @ v).permute(2, 0, 1, 3)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "gelu": F.gelu, "gelu_tanh": partial(gelu, approximate="tanh")}

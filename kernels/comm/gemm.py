@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..dispatch import CPP, build_info, cpu_flags, define, traced
+from ..dispatch import TILES, cpu_flags, define, traced
 
 __all__ = ["check_gemm", "flat", "gemm", "pays", "ready", "slow", "torch_keeps"]
 
@@ -37,7 +37,6 @@ def _amd() -> bool:
         return False
 
 
-_BUILT = CPP and {"avx2", "fma"} <= set(build_info().get("cpu_flags", ()))   # our kernel, with the vectors that it needs
 _AMD = _amd()
 
 define("gemm(Tensor a, Tensor b, Tensor(a!) out) -> ()", lambda a, b, out: out.copy_(torch.mm(a, b)) and None, lambda a, b, out: None)
@@ -59,7 +58,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def _ours(a: Tensor, b: Tensor) -> bool:
     """True where our kernel multiplies. A tracer, and a graph, see torch's product."""
-    if not _BUILT or dispatch._REFERENCE_ONLY or not (slow(a) or (_AMD and a.dtype == torch.float32 and a.is_cpu and a.shape[0] >= 32)):
+    if not TILES or dispatch._REFERENCE_ONLY or not (slow(a) or (_AMD and a.dtype == torch.float32 and a.is_cpu and a.shape[0] >= 32)):
         return False
     return (a.dtype == b.dtype and type(a) in _PLAIN and type(b) in _PLAIN and a.numel() > 0 < b.numel()
             and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)))
@@ -71,7 +70,7 @@ def torch_keeps(w: Tensor) -> str:
         return f"on {w.device.type} tensors torch's own is as fast"
     if w.dtype not in (torch.float32, *_FAST):
         return f"{w.dtype} has no product of ours"
-    if not _BUILT:
+    if not TILES:
         return "the C++ product is not there"
     if w.dtype != torch.float32:
         return f"this CPU has instructions for {w.dtype}" if _FAST[w.dtype] else ""

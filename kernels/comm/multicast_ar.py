@@ -29,7 +29,7 @@ ITEM = 1 << 14                                                        # CHUNK of
 # ---- op -------------------------------------------------------------------------------------------------------
 
 define("multicast_ar(Tensor x, Tensor(a!) y, Tensor peers, Tensor(b!) local, Tensor(c!) error, int multicast, int rank, int polls, "
-       "int data, int nbytes, int flags, int op, bool two_shot, int programs) -> ()", None, lambda *_: None)
+       "int data, int nbytes, int flags, int op, bool two_shot, int programs) -> ()", "csrc/cuda", lambda *_: None)
 
 # ---- launch ---------------------------------------------------------------------------------------------------
 
