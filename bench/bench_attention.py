@@ -1,4 +1,7 @@
 """attention on slices of a fused qkv buffer against torch's scaled_dot_product_attention. `interlace bench attention`"""
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +41,7 @@ def ways(case: Case, make: Make) -> Ways:
         return ((q @ k.mT * D**-0.5).masked_fill(later, float("-inf")).softmax(-1) @ v).permute(2, 0, 1, 3)
 
     size, work = make.dtype.itemsize, B * H * S * (S + 1) * D
-    peers: dict[str, Way | str] = {"torch eager": Way(repeated if H != G else eager), "by hand": Way(formula),
+    peers: dict[str, Callable[..., Any] | Way | str] = {"torch eager": Way(repeated if H != G else eager), "by hand": Way(formula),
                                    "torch.compile": "left out: it calls the same kernel"}
     if H != G:
         peers["enable_gqa"] = Way(eager)

@@ -40,7 +40,8 @@ CELLS = {                                                             # how the 
     "`gelu`": "tanh {quick/gelu/gelu tanh/small/torch eager}, exact {quick/gelu/gelu/small/torch eager} (its forward alone, fp32: "
               "{quick/gelu/gelu/small/torch eager/fwd}) of `F.gelu`",
     "`rope`": "{quick/rope/rope/small/torch eager} of the usual composition",
-    "`attention`": "{cpu/attention/attention/gpt/torch eager} (S = 256, 4 heads of 64), {cpu/attention/attention/llama/torch eager} (S = 512, 8), "
+    "`attention`": "{cpu/attention/attention/gpt/torch eager} (S = 256, 4 heads of 64), "
+                   "{cpu/attention/attention/llama/torch eager} (S = 512, 8), "
                    "{cpu/attention/attention/llama-8b/torch eager} (S = 1024, 4 of 128 over 1) of `scaled_dot_product_attention`",
     "`dropout`": "{quick/dropout/dropout/small/torch eager} of `F.dropout`",
     "`jitter`": "{quick/jitter/jitter/small/torch eager} of `x * uniform_`; its backward alone, fp32: "

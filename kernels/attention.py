@@ -72,7 +72,7 @@ def ours(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Causal self-attention. For q [B, H, S, D] as torch has it: `attention(*(x.permute(2, 0, 1, 3) for x in (q, k, v))).permute(1, 2, 0, 3)`.
+    """Causal self-attention. For q [B, H, S, D] as torch has it: permute(2, 0, 1, 3) all three, and the result by (1, 2, 0, 3); no copy.
 
     Args: q [S, B, H, D], k and v [S, B, G, D], H a multiple of G, one floating dtype and device, strided but for D; scale: of the
         scores, 1 / sqrt(D) where None.

@@ -34,8 +34,8 @@ except ImportError:                                                   # no wheel
 
     triton = tl = _Absent()
 
-__all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "ONE_PASS", "TILES", "build_info", "cpu_flags", "define", "differentiable", "fused",
-           "not_built", "once", "row_programs", "row_warps", "tl", "traced", "triton", "tune_malloc"]
+__all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "ONE_PASS", "TILES", "build_info", "cpu_flags", "define", "differentiable",
+           "fused", "not_built", "once", "row_programs", "row_warps", "tl", "traced", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -109,8 +109,9 @@ def define(schema: str, launch: Callable | str, fake: Callable, everywhere: bool
     LIB.define(schema)
     if launch == "csrc/cuda":
         CUDA_ONLY.append(name)
-    for key in () if isinstance(launch, str) else ("CompositeExplicitAutograd",) if everywhere else ("CUDA", "CPU") if INTERPRET else ("CUDA",):
-        LIB.impl(name, launch, key)
+    elif not isinstance(launch, str):
+        for key in ("CompositeExplicitAutograd",) if everywhere else ("CUDA", "CPU") if INTERPRET else ("CUDA",):
+            LIB.impl(name, launch, key)
     torch.library.register_fake(f"interlace::{name}", fake, lib=LIB)
 
 
