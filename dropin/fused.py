@@ -11,7 +11,8 @@ autocast, say) and under `use(kernels="original")`.
     gate_proj, up_proj, down_proj (or gate_up_proj): down(silu(gate(x)) * up(x))   both products into one buffer, swiglu
     the same with either gelu in place of silu                                     gated
     no parameters, the tanh form of gelu (torch's exact one is as fast)            gelu
-    a forward that calls a function (q, k, cos, sin) of its file, which turns halves   rope, in a copy of that forward
+    a forward that calls a function (q, k, cos, sin) of its file, which turns halves   rope, in a copy of that forward (attention.py)
+    a forward that calls scaled_dot_product_attention, causal and without a mask     attention, on CPU (attention.py)
     3-d gate_up_proj [E, 2F, H] and down_proj [E, H, F], called with chosen experts and their weights     route_plan, expert_mlp
     nn.Linear, and x @ weight + bias as transformers' Conv1D, on a CPU whose torch multiplies slower                gemm (product.py)
     nn.CrossEntropyLoss; a model's `loss_function` equal to the shifted mean over labels                  cross_entropy
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +34,6 @@ from ..kernels import cross_entropy, dispatch, expert_mlp, gated, gelu, layer_no
 from ..kernels.comm.gemm import gemm
 from ..kernels.comm.gemm_ar import reduced_product
 from ..parallel.tensor_parallel import ColumnParallelLinear
-from .rope import rotary_call, turning
 
 WIDEST = 16384                                                        # of a norm's row in the Triton kernels
 
@@ -172,22 +171,6 @@ class GELU(Fused):
         return gelu(x, "tanh")
 
 
-class Rotary(Fused):
-    """The module's own forward, in which the name of the function that turns q and k means rope."""
-
-    @classmethod
-    def members(cls, original):
-        name, forward = rotary_call(original), original.forward
-        world = {**forward.__globals__, name: turning(forward.__globals__[name], lambda: not _original)}
-        copied = types.FunctionType(forward.__code__, world, forward.__name__, forward.__defaults__, forward.__closure__)
-        copied.__kwdefaults__ = forward.__kwdefaults__
-
-        @functools.wraps(forward)
-        def chosen(self, *args, **kwargs):                            # a compiler fuses the original, and cannot guard other globals
-            return (forward if torch.compiler.is_compiling() else copied)(self, *args, **kwargs)
-        return {"forward": chosen}
-
-
 class Experts(Fused):
     """route_plan and expert_mlp over all experts at once. An expert id of E means none, as in transformers."""
 
@@ -293,7 +276,7 @@ def _hooked(m: nn.Module) -> bool:
 
 def recognise(module: nn.Module) -> tuple[type, Change] | str | None:
     """(class to put in front, the change), or why a likely candidate is left as it is, or None for what is no candidate."""
-    for look in (_loss, _norm, _mlp, _experts, _gelu, _rotary):
+    for look in (_loss, _norm, _mlp, _experts, _gelu):
         found = look(module)
         if found is not None:
             if "forward" in vars(module):
@@ -426,10 +409,6 @@ def _gelu(module: Any) -> tuple[type, Change] | str | None:
     if torch.is_tensor(y) and y.shape == x.shape and bool((y - ACTIVATIONS["gelu_tanh"](x)).abs().max() <= 1e-5):
         return GELU, Change(type(module), "gelu")
     return None
-
-
-def _rotary(module: nn.Module) -> tuple[type, Change] | str | None:
-    return (Rotary, Change(type(module), "rope")) if rotary_call(type(module)) else None  # type: ignore[arg-type]
 
 
 def _experts(module: nn.Module) -> tuple[type, Change] | str | None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from interlace.kernels.comm.gemm import _BUILT, _FAST, gemm, ready
+from interlace.kernels.comm.gemm import _FAST, TILES, gemm, ready
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["through fp32", "torch's own"])
@@ -39,7 +39,7 @@ def test_double_is_torchs():
 SHAPES = [(1, 1, 1), (5, 7, 3), (33, 513, 31), (64, 1024, 200), (97, 130, 65), (300, 600, 129), (150, 1100, 40)]
 
 
-@pytest.mark.skipif(not _BUILT, reason="needs the C++ kernel")
+@pytest.mark.skipif(not TILES, reason="needs the C++ kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_our_kernel(shape, dtype):
@@ -71,7 +71,7 @@ def test_our_kernel(shape, dtype):
     assert torch.equal(results[1], results[0]) and torch.equal(results[2], results[0]), "bits depend on threads or other rows"
 
 
-@pytest.mark.skipif(not _BUILT, reason="needs the C++ kernel")
+@pytest.mark.skipif(not TILES, reason="needs the C++ kernel")
 def test_our_kernel_is_taken(monkeypatch):
     """From 32 rows on where torch is slow; never where a gradient is recorded, and NaN and inf go through."""
     module = sys.modules[gemm.__module__]
@@ -88,7 +88,7 @@ def test_our_kernel_is_taken(monkeypatch):
     assert got[3].isnan().all() and got[5].isinf().all() and got[[*range(3), 4, *range(6, 40)]].isfinite().all()
 
 
-@pytest.mark.skipif(not _BUILT, reason="needs the C++ kernel")
+@pytest.mark.skipif(not TILES, reason="needs the C++ kernel")
 @pytest.mark.parametrize("K", [8192, 9001])
 def test_a_deep_product_in_pieces(K, monkeypatch):
     """From 8192 on: no further from float64 than torch, the same bits for other rows, into a given output."""
@@ -102,7 +102,7 @@ def test_a_deep_product_in_pieces(K, monkeypatch):
     assert (got - truth).abs().max() <= allowed
 
 
-@pytest.mark.skipif(not _BUILT, reason="needs the C++ kernel")
+@pytest.mark.skipif(not TILES, reason="needs the C++ kernel")
 def test_ops():
     a, b = torch.randn(4, 5), torch.randn(5, 6)
     opcheck(torch.ops.interlace.gemm.default, (a, b, torch.empty(4, 6)))

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import interlace
 from interlace.dropin import product
 from interlace.dropin.fused import Fused
-from interlace.kernels.comm.gemm import _BUILT, gemm, pays, torch_keeps
+from interlace.kernels.comm.gemm import TILES, gemm, pays, torch_keeps
 from interlace.parallel.mesh import Axis, Mesh
 
 
@@ -355,7 +355,7 @@ def ran(monkeypatch):
 @pytest.fixture
 def amd(monkeypatch):
     """The rule of a CPU on which ours is faster in fp32, and in fp16."""
-    if not _BUILT:
+    if not TILES:
         pytest.skip("needs the C++ kernel")
     module = sys.modules[gemm.__module__]
     monkeypatch.setattr(module, "_AMD", True)
