@@ -90,14 +90,14 @@ template <class T> void pack(float* to, int64_t step, const View& m, int64_t i0,
     for (int64_t j = i < whole ? cols / 8 * 8 : 0; j < cols; j++) to[i * step + j] = up(*m.at<T>(i0 + i, j0 + j));
 }
 
-// c[R, NR] (+)= a[R, n] b[n, NR], n <= KC; a: where each row is
+// c[R, NR] (+)= a[R, n] b[n, NR]; a: where each row is
 template <int R> void tile(int64_t n, const float* const* a, const float* __restrict b, float* c, int64_t step, bool add) {
   const float* row[R];
   for (int i = 0; i < R; i++) row[i] = a[i];
-  Vec sum[R][2] = {};
-  for (int64_t first = 0; first < n; first += LINK) {
+  int64_t k = 0;
+  do {
     Vec s[R][2] = {};
-    for (int64_t k = first, end = std::min(n, first + LINK); k < end; k++) {
+    for (const int64_t end = std::min(n, k + LINK); k < end; k++) {
       const Vec left = *reinterpret_cast<const Vec*>(b + k * NR), right = *reinterpret_cast<const Vec*>(b + k * NR + V);
 #pragma GCC unroll 16
       for (int i = 0; i < R; i++) {
@@ -105,15 +105,15 @@ template <int R> void tile(int64_t n, const float* const* a, const float* __rest
         s[i][1] += row[i][k] * right;
       }
     }
-    for (int i = 0; i < R; i++) sum[i][0] += s[i][0], sum[i][1] += s[i][1];
-  }
-  for (int i = 0; i < R; i++)
-    for (int j = 0; j < 2; j++) {
-      Vec had = {};
-      if (add) std::memcpy(&had, c + i * step + j * V, sizeof had);
-      had += sum[i][j];
-      std::memcpy(c + i * step + j * V, &had, sizeof had);
-    }
+    for (int i = 0; i < R; i++)
+      for (int j = 0; j < 2; j++) {
+        Vec had = {};
+        if (add) std::memcpy(&had, c + i * step + j * V, sizeof had);
+        had += s[i][j];
+        std::memcpy(c + i * step + j * V, &had, sizeof had);
+      }
+    add = true;
+  } while (k < n);
 }
 using Tile = void (*)(int64_t, const float* const*, const float*, float*, int64_t, bool);
 inline const Tile TILES[] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>};
