@@ -3,9 +3,30 @@ import contextlib
 import random
 import time
 
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder as Builder
 
 DONE = 2**20                                                          # an epoch no test reaches
+
+
+def _once(patch):
+    """Triton patches its language anew in every call of a device function: a millisecond each, most of a kernel's time here. Once a
+    launch for each module that calls it is enough."""
+    patched = set()
+
+    def run(fn):
+        if fn.__module__ in patched:
+            return None                                               # a device function: the caller looks at no scope
+        scope = patch(fn)
+        if not patched:                                               # the launch: it restores the language at its end
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        patched.add(fn.__module__)
+        return scope
+    return run
+
+
+interpreter._patch_lang = _once(interpreter._patch_lang)
 
 
 def _patched(**methods):
@@ -23,8 +44,8 @@ def _is_poll(value):
 
 def stalls(seed, after_signal=0.0):
     """Within it this process dawdles at random before stores, loads and signals, `after_signal` seconds after each signal, and
-    sleeps between polls: ranks outnumber cores. Also the only way to make one rank reliably late."""
-    dice, polled = random.Random(seed), set()                         # since this process last did anything but poll: flags, the error lock
+    sleeps between polls, longer and longer: ranks outnumber cores. Also the only way to make one rank reliably late."""
+    dice, polled = random.Random(seed), {}                            # how often, since this process last did anything else: flags, the lock
 
     def pause(odds, seconds):
         if dice.random() < odds:
@@ -39,12 +60,13 @@ def stalls(seed, after_signal=0.0):
     def atomic(original):
         def run(self, op, ptr, value, mask, sem, scope):
             at, poll = int(ptr.data.ravel()[0]), _is_poll(value)
-            if poll and at in polled:
-                time.sleep(0.00025)
-            elif not poll:
+            if poll:
+                if times := polled.get(at):
+                    time.sleep(0.00025 * min(times, 16))
+                polled[at] = polled.get(at, 0) + 1
+            else:
                 pause(0.2, 0.01)
                 polled.clear()
-            polled.add(at if poll else 0)
             out = original(self, op, ptr, value, mask, sem, scope)
             if after_signal and "XCHG" in str(op):
                 time.sleep(after_signal)

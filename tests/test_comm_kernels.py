@@ -22,6 +22,7 @@ if dispatch.INTERPRET:
 
 WORLDS = [2, 3, pytest.param(4, marks=pytest.mark.slow)]
 SHAPES = [(37, 23, 19), (16, 16, 40), (2, 17, 33)]                    # ragged; whole tiles; fewer rows than ranks
+WIDE = [(6, 130, 5)]                                                  # over 5 to 8 ranks: 9 tiles of everybody's rows; some have none
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 START = 2**31 - 3                                                     # epochs wrap in the third call
 
@@ -31,7 +32,7 @@ def ints(generator, dtype, *shape):
 
 
 def product(x, w):
-    return x.float() @ w.float().t()
+    return x.double() @ w.double().t()
 
 
 def poison(pad):
@@ -47,10 +48,10 @@ def make(world, op, sizes, start=START, **more):
     return pad
 
 
-def calls(seed):
+def calls(seed, world):
     """(dtype, shape, generator) of each call: types and shapes change from call to call on one pad."""
     g = torch.Generator().manual_seed(seed)
-    return [(dt, shape, g) for dt, shape in zip(DTYPES, SHAPES)]
+    return [(DTYPES[(world + i) % 3], shape, g) for i, shape in enumerate(SHAPES if world < 5 else WIDE)]
 
 
 # ---- right, whatever the timing -------------------------------------------------------------------------------
@@ -58,10 +59,11 @@ def calls(seed):
 
 def _all_reduce(rank, world, two_shot):
     new = lambda dt, *s: torch.empty(*s, dtype=dt)                    # noqa: E731
-    sizes = [triton_ar.needs(new(dt, M, K), w, world, two_shot) for dt in DTYPES for M, N, K in SHAPES for w in (new(dt, N, K), None)]
+    sizes = [triton_ar.needs(new(dt, M, K), w, world, two_shot)
+             for dt in DTYPES for M, N, K in SHAPES + WIDE for w in (new(dt, N, K), None)]
     pad = make(world, "gemm_ar", sizes)
     with stalls(rank):
-        for dt, (M, N, K), g in calls(0):
+        for dt, (M, N, K), g in calls(0, world):
             xs, ws = ([ints(g, dt, *s) for _ in range(world)] for s in ((M, K), (N, K)))
             y = triton_ar.launch(pad, xs[rank], ws[rank], two_shot=two_shot)
             poison(pad)
@@ -78,9 +80,9 @@ def test_all_reduce_and_gemm_ar_interpret(world, two_shot):
 
 
 def _ag_gemm(rank, world):
-    pad = make(world, "ag_gemm", [triton_ag.needs(M, K, dt, world) for dt in DTYPES for M, N, K in SHAPES])
+    pad = make(world, "ag_gemm", [triton_ag.needs(M, K, dt, world) for dt in DTYPES for M, N, K in SHAPES + WIDE])
     with stalls(rank):
-        for dt, (M, N, K), g in calls(1):
+        for dt, (M, N, K), g in calls(1, world):
             x, w = ints(g, dt, M, K), [ints(g, dt, N, K) for _ in range(world)][rank]
             mine = x[first_row(rank, M, world):first_row(rank + 1, M, world)].clone()
             y = triton_ag.launch(pad, mine, M, w.t().contiguous().t() if M == 16 else w)   # either layout of w
@@ -97,9 +99,9 @@ def test_all_gather_and_ag_gemm_interpret(world):
 
 
 def _gemm_rs(rank, world):
-    pad = make(world, "gemm_rs", [triton_rs.needs(M, N, dt, world, gemm) for dt in DTYPES for M, N, K in SHAPES for gemm in (True, False)])
+    pad = make(world, "gemm_rs", [triton_rs.needs(M, N, dt, world, w) for dt in DTYPES for M, N, K in SHAPES + WIDE for w in (True, False)])
     with stalls(rank):
-        for dt, (M, N, K), g in calls(2):
+        for dt, (M, N, K), g in calls(2, world):
             xs, ws, ps = ([ints(g, dt, *s) for _ in range(world)] for s in ((M, K), (N, K), (M, N)))
             mine = slice(first_row(rank, M, world), first_row(rank + 1, M, world))
             triton_rs.push(pad, xs[rank], ws[rank])
@@ -118,10 +120,10 @@ def test_reduce_scatter_and_gemm_rs_interpret(world):
 
 
 def _rs_residual_norm(rank, world):
-    pad = make(world, "rs_residual_norm", [triton_rs.needs(M, N, dt, world, False) for dt in DTYPES for M, N, K in SHAPES])
-    onward = make(world, "ag_gemm", [triton_ag.needs(M, N, dt, world) for dt in DTYPES for M, N, K in SHAPES])
+    pad = make(world, "rs_residual_norm", [triton_rs.needs(M, N, dt, world, False) for dt in DTYPES for M, N, K in SHAPES + WIDE])
+    onward = make(world, "ag_gemm", [triton_ag.needs(M, N, dt, world) for dt in DTYPES for M, N, K in SHAPES + WIDE])
     with stalls(rank):
-        for call, (dt, (M, N, K), g) in enumerate(calls(3)):
+        for call, (dt, (M, N, K), g) in enumerate(calls(3, world), world):
             ps, residual, w, b = [ints(g, dt, M, N) for _ in range(world)], ints(g, dt, M, N), ints(g, dt, N), ints(g, dt, N)
             nxt = ints(g, dt, K, N)
             mine = slice(first_row(rank, M, world), first_row(rank + 1, M, world))
@@ -150,6 +152,18 @@ def _rs_residual_norm(rank, world):
 @pytest.mark.parametrize("world", WORLDS)
 def test_rs_residual_norm_interpret(world):
     run(world, _rs_residual_norm, world)
+
+
+def _all_kernels(rank, world):
+    for two_shot in (False, True):
+        _all_reduce(rank, world, two_shot)
+    for check in (_ag_gemm, _gemm_rs, _rs_residual_norm):
+        check(rank, world)
+
+
+@pytest.mark.parametrize("world", [5, 6, 7, 8])
+def test_up_to_eight_ranks_interpret(world):
+    run(world, _all_kernels, world)
 
 
 # ---- the second buffer ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from budget import DTYPES
 from ranks import run
 from torch.library import opcheck
 
@@ -131,6 +132,35 @@ def _names(rank):
 
 def test_groups_by_name():
     run(2, _names)
+
+
+def _of_five_to_eight(rank, world):
+    """Small integers, whose sums are exact: the bits of one process in float64, so the same on every rank. Fewer rows than ranks, none,
+    and more than a slot takes."""
+    group, g = dist.group.WORLD, torch.Generator().manual_seed(world)
+    mine = lambda x: x[rank * len(x) // world:][:len(x) // world].clone()  # noqa: E731
+    for dtype in DTYPES:
+        ints = lambda *s: torch.randint(-3, 4, s, generator=g).to(dtype)  # noqa: B023, E731
+        for rows, K, N in ((1, 3, 7), (0, 4, 6), (40, 33, 900)):
+            M = rows * world
+            xs, ws, x, residual = ints(world, M, K), ints(world, N, K), ints(M, K), ints(M, N)
+            parts = [x.double() @ w.double().t() for x, w in zip(xs, ws)]
+            total, weight = sum(parts), torch.ones(N, dtype=dtype)
+            partial = parts[rank].to(dtype)
+            for name, got, want in (
+                    ("gemm_ar", gemm_ar(xs[rank], ws[rank], group), total), ("gemm_rs", gemm_rs(xs[rank], ws[rank], group), mine(total)),
+                    ("gemm_ar, fewer rows", gemm_ar(xs[rank, :rows], ws[rank], group), total[:rows]),
+                    ("ag_gemm", ag_gemm(mine(x), ws[rank], group), x.double() @ ws[rank].double().t()),
+                    ("norm", rs_residual_norm(partial, mine(residual), weight, 1e-5, group)[0], mine(total + residual.double())),
+                    ("all_reduce", all_reduce(partial, group), total), ("reduce_scatter", reduce_scatter(partial, group), mine(total)),
+                    ("all_gather", all_gather(mine(x), group), x),
+                    ("all_to_all", all_to_all(partial, group), torch.cat([mine(p) for p in parts]))):
+                assert torch.equal(got, want.to(dtype)), f"{name} {dtype} {M} {K} {N}"
+
+
+@pytest.mark.parametrize("world", [5, 6, 7, 8])
+def test_five_to_eight_ranks(world):
+    run(world, _of_five_to_eight, world)
 
 
 # ---- the backward over torch.distributed ----------------------------------------------------------------------
