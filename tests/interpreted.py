@@ -45,7 +45,7 @@ def _is_poll(value):
 def stalls(seed, after_signal=0.0):
     """Within it this process dawdles at random before stores, loads and signals, `after_signal` seconds after each signal, and
     sleeps between polls, longer and longer: ranks outnumber cores. Also the only way to make one rank reliably late."""
-    dice, polled = random.Random(seed), {}                            # how often, since this process last did anything else: flags, the lock
+    dice, polled = random.Random(seed), {}                            # how often since this process last did anything else
 
     def pause(odds, seconds):
         if dice.random() < odds:
