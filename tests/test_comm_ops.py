@@ -7,6 +7,7 @@ from ranks import run
 from torch.library import opcheck
 
 from interlace.kernels.comm import (
+    CollectiveMismatch,
     SymmHeap,
     ag_gemm,
     all_gather,
@@ -16,8 +17,10 @@ from interlace.kernels.comm import (
     gemm_ar,
     gemm_rs,
     reduce_scatter,
+    reset_pads,
     rs_residual_norm,
 )
+from interlace.kernels.comm.heap import keep_heap
 from interlace.kernels.comm.registry import group_name, group_of, group_size
 
 OPS = torch.ops.interlace
@@ -180,6 +183,62 @@ def _far(world):
     finally:
         heap._host = real
     return group
+
+
+def _differ(rank, world):
+    """gloo would end the process, NCCL wait: every rank hears of it, and the group goes on."""
+    group, x, w = _far(world), torch.ones(2 * world, 6), torch.ones(5, 6)
+    norm = lambda rows: rs_residual_norm(x.new_ones(rows * world, 6), x.new_ones(rows, 6), x.new_ones(6), 1e-5, group)[0]  # noqa: E731
+    calls = {"gemm_ar": lambda n: gemm_ar(x.new_ones(n, 6), w, group), "gemm_rs": lambda n: gemm_rs(x.new_ones(n * world, 6), w, group),
+             "ag_gemm": lambda n: ag_gemm(x.new_ones(n, 6), w, group), "rs_residual_norm": norm,
+             "all_reduce": lambda n: all_reduce(x.new_ones(n), group), "all_gather": lambda n: all_gather(x.new_ones(n), group),
+             "reduce_scatter": lambda n: reduce_scatter(x.new_ones(n * world), group),
+             "all_to_all": lambda n: all_to_all(x.new_ones(n * world), group)}
+    want = {op: float(call(2).sum()) for op, call in calls.items()}
+    for op, other in zip(calls, [*list(calls)[1:], *calls]):
+        with pytest.raises(CollectiveMismatch, match=rf"{op}.*: rank {rank} of group .* called {op}.*, but rank . called {op}"):
+            calls[op](3 + (rank == 1))
+        mine = other if rank else op
+        with pytest.raises(CollectiveMismatch, match=rf"{mine}.*: rank {rank} of group .* called {mine}"):
+            calls[mine](7)
+        assert float(calls[op](2).sum()) == want[op], f"{op}: the group must stay usable"
+    with pytest.raises(ValueError, match="rs_residual_norm: the group must serve the device of x, meta"):
+        rs_residual_norm(*(torch.ones(s, device="meta") for s in ((2 * world, 6), (2, 6), (6,))), 1e-5, group)
+
+
+def test_calls_that_differ_over_torch_distributed():
+    run(3, _differ, 3)
+
+
+def _late(rank):
+    """After a wait that ran out the heap of a group is out of use, and new after reset_pads."""
+    group = dist.new_group([0, 1])
+    keep_heap(group, SymmHeap(group, timeout=0.2))
+    if rank == 0:
+        for error, match in ((TimeoutError, "all_reduce: no signal from rank 1"), (RuntimeError, r"out of use .*; reset_pads\(\) of")):
+            with pytest.raises(error, match=match):
+                all_reduce(torch.ones(3), group)
+    dist.barrier()
+    reset_pads(group)
+    assert all_reduce(torch.ones(3), group).eq(2).all() and gemm_ar(torch.ones(3, 2), torch.ones(5, 2), group).eq(4).all()
+
+
+def test_a_heap_is_new_after_reset_pads():
+    run(2, _late)
+
+
+def test_misuse():
+    for args in ((torch.ones(4),) * 3, (torch.tensor(1.0),) * 3, (torch.ones(2, 4).long(),) * 2 + (torch.ones(4).long(),)):
+        with pytest.raises(ValueError, match=r"rs_residual_norm: partial must be \[S, ..., D\] of float32, .*, got \["):
+            rs_residual_norm(*args)
+    out = torch.ones(4, requires_grad=True)
+    for op in (all_reduce, all_gather, reduce_scatter, all_to_all):
+        with pytest.raises(ValueError, match="out must not require a gradient"):
+            op(torch.ones(4), None, out=out)
+        with torch.no_grad():
+            op(torch.ones(4), None, out=out)
+    with pytest.raises(ValueError, match="SymmHeap: group must be a torch process group, got None"):
+        SymmHeap(None)
 
 
 def _beside(rank, world):

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from budget import DTYPES
 from ranks import run
 
-from interlace.kernels.comm import SymmHeap, all_reduce, copy_gemm, gemm_ar, gemm_ar_ref, heap_of
+from interlace.kernels.comm import SymmHeap, ag_gemm, all_reduce, copy_gemm, gemm_ar, gemm_ar_ref, gemm_rs, heap_of
 
 SHAPES = [(5, 3, 7), (64, 96, 40), (2, 1, 1), (0, 4, 6), (700, 33, 900)]   # M, K per rank, N; the last is over a heap slot
 
@@ -98,3 +98,7 @@ def test_misuse():
         gemm_ar(torch.randn(2, 8), torch.randn(8, 5))
     with pytest.raises(ValueError, match="one dtype and device"):
         copy_gemm(torch.randn(2, 8), torch.randn(5, 8, dtype=torch.float64))
+    for op in (gemm_ar, copy_gemm, gemm_rs, ag_gemm):
+        for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn):
+            with pytest.raises(ValueError, match=rf"{op.__name__}: x and w must be float32, .*, got {dtype}; cast them"):
+                op(torch.ones(2, 8).to(dtype), torch.ones(5, 8).to(dtype))

@@ -25,8 +25,8 @@ struct Call {
     }
     staged = bytes <= h.slot && src == h.place(h.rank, h.epoch() + 1, bytes);
     if (h.broken)
-      rc = h.fail(UNUSABLE, "%s: the heap of group '%s' is out of use after %s; make a new one", op_name(op), h.name.c_str(),
-                  h.broken);
+      rc = h.fail(UNUSABLE, "%s: the heap of group '%s' is out of use after %s; reset_pads() of the group on all ranks, or make a new one",
+                  op_name(op), h.name.c_str(), h.broken);
     else if (!staged && h.owns(src))
       rc = h.fail(UNUSABLE, "%s: x lies in the heap but is not all of what stage() last returned; stage it again", op_name(op));
     else if (h.owns(dst))  // written after my signal, while others read it

@@ -63,17 +63,17 @@ def forget_paths() -> None:
     _taken.clear()
 
 
-def agree(op: str, group: Group, **what: object) -> None:
+def agree(op: str, group: Group, **what: Any) -> None:
     """Every rank of `group` calls `op` with the same `what`; checked once for each. Where the heap is not there to see it.
 
     Raises: CollectiveMismatch, on every rank; ValueError where x is on a device the group does not serve."""
     if isinstance(group, SymmHeap):
         group = group.group
     assert group is not None
-    mine = (op, *((k, str(v)) for k, v in sorted(what.items())))
-    key = (group.group_name, *mine)
+    key = (group.group_name, op, *what.items())
     if key in _agreed:
         return
+    mine = (op, *((k, str(v)) for k, v in sorted(what.items())))
     for rank, other in enumerate(meet(mine, group, op, "agree")):
         if other != mine:
             tell = lambda call: f"{call[0]}({', '.join(f'{k}={v}' for k, v in call[1:])})"  # noqa: E731

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..dispatch import INTERPRET, traced
 from . import overlap
+from .agree import agree
 from .heap import CODES, LIB, SymmHeap, _heaps, heap_of
 from .pad import in_turn
 from .registry import Group, checked, group_size, register
@@ -47,13 +48,17 @@ def _heap(x: Tensor, group: Group) -> SymmHeap | None:
     return heap_of(checked("collective", group)) if heap is _unset else heap  # type: ignore[return-value]
 
 
-def _torch_group(x: Tensor, group: Group) -> tuple[dist.ProcessGroup | None, int]:
-    """The process group behind `group`, and its size: 1 for None. Asked before a collective of torch.distributed."""
+def _torch_group(x: Tensor, group: Group, op: str = "") -> tuple[dist.ProcessGroup | None, int]:
+    """The process group behind `group`, and its size: 1 for None. Asked before a collective of torch.distributed, which where ranks differ
+    ends the process (gloo) or hangs (NCCL): at the first call of `op` with some x all ranks say what they mean."""
     if type(group) is SymmHeap:
         group = group.group
     if x.is_cuda:
         in_turn(x.device, False)
-    return group, 1 if group is None else dist.get_world_size(group)  # type: ignore[return-value, arg-type]
+    size = 1 if group is None else dist.get_world_size(group)         # type: ignore[arg-type]
+    if op and size > 1:
+        agree(op, group, shape=tuple(x.shape), dtype=x.dtype)
+    return group, size                                                # type: ignore[return-value]
 
 
 def _rank(heap: SymmHeap | None, pg: dist.ProcessGroup | None) -> int:
@@ -99,7 +104,7 @@ def _all_reduce(x: Tensor, op: str, group: Group, out: Tensor | None = None) -> 
         if rc := LIB.interlace_all_reduce(heap.handle, x.data_ptr(), y.data_ptr(), x.numel(), code, _OPS[op][0]):
             heap.fail(rc)
         return y
-    pg, size = _torch_group(x, group)
+    pg, size = _torch_group(x, group, f"all_reduce {op}")
     y = _result("all_reduce", x, x.shape, out)
     if y is not x:
         y.copy_(x)
@@ -114,7 +119,7 @@ def _all_gather(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
         x = x.contiguous()
     if (heap is None or INTERPRET) and (whole := overlap.gathered(x, group)) is not None:
         return whole if out is None else _result("all_gather", x, whole.shape, out).copy_(whole)
-    pg, size = (None, heap.size) if heap is not None else _torch_group(x, group)
+    pg, size = (None, heap.size) if heap is not None else _torch_group(x, group, "all_gather")
     place = 0 if out is None else _rank(heap, pg) * x.nbytes
     y = _result("all_gather", x, (x.shape[0] * size, *x.shape[1:]), out, place)
     if heap is not None:
@@ -129,7 +134,7 @@ def _all_gather(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
 
 def _reduce_scatter(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     heap, code = _heap(x, group), CODES.get(x.dtype)
-    pg, size = (None, heap.size) if heap is not None else _torch_group(x, group)
+    pg, size = (None, heap.size) if heap is not None else _torch_group(x, group, "reduce_scatter")
     place = 0 if out is None else -_rank(heap, pg) * out.nbytes
     y = _result("reduce_scatter", x, (_parts("reduce_scatter", x, size), *x.shape[1:]), out, place)
     if not x.is_contiguous():
@@ -148,7 +153,7 @@ def _reduce_scatter(x: Tensor, group: Group, out: Tensor | None = None) -> Tenso
 
 def _all_to_all(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     heap = _heap(x, group)
-    pg, size = (None, heap.size) if heap is not None else _torch_group(x, group)
+    pg, size = (None, heap.size) if heap is not None else _torch_group(x, group, "all_to_all")
     _parts("all_to_all", x, size)
     y = _result("all_to_all", x, x.shape, out)
     if not x.is_contiguous():
@@ -214,7 +219,10 @@ _exchange = register("all_to_all(Tensor x, str group) -> Tensor", _all_to_all,
 
 
 def _lean(x: Tensor, out: Tensor | None) -> bool:
-    """True where nobody records x: then a call is its kernel. What is recorded goes through the op."""
+    """True where nobody records x: then a call is its kernel. What is recorded goes through the op. Raises: ValueError for an out that is
+    recorded itself: its graph would not know."""
+    if out is not None and out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out must not require a gradient where gradients are recorded, got one that does; use torch.no_grad()")
     return not traced() and (out is not None or not (x.requires_grad and torch.is_grad_enabled()))
 
 

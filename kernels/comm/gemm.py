@@ -21,9 +21,10 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import TILES, cpu_flags, define, traced
 
-__all__ = ["check_gemm", "flat", "gemm", "pays", "ready", "slow", "torch_keeps"]
+__all__ = ["FLOATS", "check_gemm", "flat", "gemm", "pays", "ready", "slow", "torch_keeps"]
 
 _FAST = {torch.bfloat16: bool(cpu_flags() & {"avx512_bf16", "amx_bf16"}), torch.float16: bool(cpu_flags() & {"avx512_fp16", "amx_fp16"})}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BLOCK = 1 << 20                                                       # bytes of the fp32 copies of a block of rows
 DEEP, PIECE = 8192, 2048                                              # an inner dimension that is cut, and into what
 SIDE, WORK = 512, 1 << 27                                             # a layer's least features and rows * features * features, fp32
@@ -148,10 +149,12 @@ def flat(x: Tensor) -> Tensor:
 
 
 def check_gemm(op: str, x: Tensor, w: Tensor) -> None:
-    """x [..., K] and w [N, K], one dtype and device. Raises: ValueError."""
+    """x [..., K] and w [N, K], one floating dtype and device. Raises: ValueError."""
     if w.dim() != 2 or x.dim() < 1 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"{op}: w must be [N, {x.shape[-1] if x.dim() else '?'}], N by the last dimension of x, "
                          f"got {list(w.shape)}; w is stored as in nn.Linear")
     if x.dtype != w.dtype or x.device != w.device:
         raise ValueError(f"{op}: x and w must have one dtype and device, got {x.dtype} on {x.device} and {w.dtype} on "
                          f"{w.device}; cast or move one of them")
+    if x.dtype not in FLOATS:                                         # integers would wrap in silence
+        raise ValueError(f"{op}: x and w must be float32, float64, bfloat16 or float16, got {x.dtype}; cast them")

@@ -172,7 +172,7 @@ def meet(mine: Any, group: dist.ProcessGroup, op: str, to: str) -> list[Any]:
     even. CollectiveMismatch, on all ranks, where they came for two things."""
     store, rank, n = dist.distributed_c10d._get_process_group_store(group), dist.get_rank(group), _met.get(group, 0)
     keys = [f"interlace/{n}/{r}" for r in range(dist.get_world_size(group))]
-    end, name = time.monotonic() + PATIENCE, group.group_desc or group.group_name
+    end, name = time.monotonic() + PATIENCE, name_of(group)
     store.set(keys[rank], pickle.dumps((to, mine)))                   # type: ignore[arg-type]
 
     def away(why: str) -> TimeoutError:
@@ -207,6 +207,11 @@ def meet(mine: Any, group: dist.ProcessGroup, op: str, to: str) -> list[Any]:
         return [it for _, it in said]
 
 
+def name_of(group: dist.ProcessGroup) -> str:
+    """As errors call it."""
+    return next((n for n in (group.group_desc, group.group_name) if n and n != "undefined"), "?")
+
+
 def _host() -> str:
     """Equal for ranks that can map each other's memory and see each other's pids."""
     try:
@@ -228,8 +233,10 @@ class SymmHeap:
 
     def __init__(self, group: dist.ProcessGroup, nbytes: int = 2 << 20, *, timeout: float = 300.0, name: str | None = None,
                  directory: str = SHM, _buffers: int = 2):
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(f"SymmHeap: group must be a torch process group, got {group!r}; is this rank a member of it?")
         self._group, self.rank, self.size = weakref.ref(group), dist.get_rank(group), dist.get_world_size(group)
-        self.name = name or next((n for n in (group.group_desc, group.group_name) if n and n != "undefined"), "?")
+        self.name = name or name_of(group)
         self.group_name = f"{group.group_name}/heap {next(_count)}"   # as an op's schema names it, here and on no other rank
         by_hand[self.group_name] = self
         self.nbytes = -(-max(nbytes, 64 * self.size) // 4096) * 4096         # pages, and a cache line for each rank

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..dispatch import CUDA, INTERPRET
-from .heap import CollectiveMismatch, SymmHeap, _exchange, _host, heap_of, meet
+from .heap import CollectiveMismatch, SymmHeap, _exchange, _heaps, _host, heap_of, keep_heap, meet, name_of
 from .machine import HOPPER, Machine, here
 
 __all__ = ["OPS", "Pad", "in_turn", "pad_machine", "pad_multicast", "pad_of", "pad_room", "reset_pads"]
@@ -64,7 +64,7 @@ class Pad:
         if group is None:
             return
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self.name = next((n for n in (group.group_desc, group.group_name) if n and n != "undefined"), "?")
+        self.name = name_of(group)
         self._agree((op, self.nbytes, flags, self.device.type, start), "made the pad of")
         if self.device.type == "cpu":
             addresses = self._map()
@@ -258,9 +258,12 @@ def pad_of(group: dist.ProcessGroup, op: str, nbytes: int, flags: int, device: t
 
 
 def reset_pads(group: dist.ProcessGroup) -> None:
-    """Make every pad of the group new, after a TimeoutError or a CollectiveMismatch of an op over it. Collective: all ranks call it."""
+    """Make every pad of the group new, and its heap, after a TimeoutError or a CollectiveMismatch of an op over it. Collective: all ranks
+    call it."""
     for key in sorted(k for k in _pads if k[0] == id(group)):
         _pads[key].reset()
+    if _heaps.get(id(group)) is not None:
+        keep_heap(group, SymmHeap(group))
 
 
 _rooms: dict[tuple[int, str], int] = {}

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..dispatch import CPP, fused
+from ..dispatch import CPP, INTERPRET, fused
 from ..layer_norm import add_layer_norm_ref
 from ..rms_norm import add_rms_norm_ref
 from . import overlap
+from .agree import agree, check_device
 from .collectives import _gather, _heap, _reduce_scatter, reduce_scatter
+from .gemm import FLOATS
 from .heap import CODES, LIB, OPS, SymmHeap
 from .registry import Group, group_size, register
 
@@ -73,9 +75,13 @@ def _run(partial: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None,
     residual, weight, bias = residual.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     if (done := overlap.scattered_norm(partial, residual, weight, bias, eps, group)) is not None:
         return done
-    heap = _heap(partial, group)
+    heap, rows, D = _heap(partial, group), partial.shape[:-1].numel(), partial.shape[-1]
     if _fits(heap, partial):
         return _over_heap(heap, partial, residual, weight, bias, eps)  # type: ignore[arg-type]
+    if heap is not None and not INTERPRET:
+        heap.serve("rs_residual_norm", rows, D, 0)
+    elif heap is None and group_size(group) > 1:
+        agree("rs_residual_norm", group, rows=rows, cols=D, dtype=partial.dtype)
     x = _reduce_scatter(partial, group)
     if bias is None:
         h, y, rstd = _OPS.add_rms_norm_fwd(x, residual, weight, eps)
@@ -124,6 +130,9 @@ def rs_residual_norm(partial: Tensor, residual: Tensor, weight: Tensor, eps: flo
     Args: partial [S, ..., D], residual [S/t, ..., D] of one dtype, weight [D]; bias [D] makes it a LayerNorm; `group` a
     process group, a SymmHeap, or None (one rank). Returns: (h, y), both [S/t, ..., D]. Raises: ValueError on shapes, dtypes."""
     t = group_size(group)
+    if partial.dim() < 2 or partial.dtype not in FLOATS:
+        raise ValueError("rs_residual_norm: partial must be [S, ..., D] of float32, float64, bfloat16 or float16, "
+                         f"got {list(partial.shape)} of {partial.dtype}")
     if partial.shape[1:] != residual.shape[1:] or partial.shape[0] != t * residual.shape[0]:
         raise ValueError(f"rs_residual_norm: partial must have {t} times (the group's size) the rows of residual, "
                          f"got {list(partial.shape)} and {list(residual.shape)}")
@@ -134,6 +143,8 @@ def rs_residual_norm(partial: Tensor, residual: Tensor, weight: Tensor, eps: flo
     if any(p is not None and (p.dtype != partial.dtype or p.device != partial.device) for p in (residual, weight, bias)):
         raise ValueError(f"rs_residual_norm: partial, residual, weight and bias must have one dtype and device, got {partial.dtype}, "
                          f"{residual.dtype}, {weight.dtype} and {bias.dtype if bias is not None else 'no bias'}; cast them")
+    if partial.is_meta:
+        check_device("rs_residual_norm", partial, group)
     if not fused(partial, residual, weight):
         return rs_residual_norm_ref(partial, residual, weight, eps, group, bias=bias)
     return _rs_residual_norm(partial, residual, weight, bias, eps, group)
