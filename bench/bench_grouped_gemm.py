@@ -1,5 +1,9 @@
-"""grouped_gemm over rows in expert order, against a loop of matmuls and torch's grouped_mm. `interlace bench grouped_gemm`"""
+"""grouped_gemm over rows in expert order, against a loop of matmuls, torch's grouped_mm and Triton's own kernels.
+`interlace bench grouped_gemm`"""
+import importlib
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +11,7 @@ from torch import Tensor
 
 from ..kernels import RoutePlan, grouped_gemm, route_plan
 from .cases import Case, Make, Way, Ways, grid
+from .peers import triton_kernels
 
 
 def shapes(sweep: str) -> dict[str, dict[str, int]]:
@@ -45,6 +50,15 @@ def absent(size: int, *widths: int) -> str:
     return "F.grouped_mm wants rows of whole 16 bytes" if any(w * size % 16 for w in widths) else ""
 
 
+def ragged_matmul(case: Case, device: str, counts: Tensor) -> Any:
+    """triton_kernels' matmul: forward only."""
+    def build(m: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        tensors = importlib.import_module("triton_kernels.tensor_details.ragged_tensor")
+        ragged = tensors.make_ragged_tensor_metadata(counts, case.shape["T"] * case.shape["K"])
+        return lambda x, w: m.matmul(x.detach(), w.detach().mT, None, a_ragged_metadata=ragged)
+    return triton_kernels("matmul", device, build) if case.direction == "fwd" else "triton_kernels.matmul has no backward"
+
+
 def ways(case: Case, make: Make) -> Ways:
     T, H, K, E, I = (case.shape[k] for k in "THKEI")
     plan, size, R, N = routing(case, make), make.dtype.itemsize, T * K, 2 * I
@@ -54,6 +68,8 @@ def ways(case: Case, make: Make) -> Ways:
         return torch.cat([x[a:b] @ w[e].t() for e, (a, b) in enumerate(pairwise(at))])
 
     once, flops = (R * H + E * N * H + R * N) * size, 2 * R * N * H
-    return Ways((make.randn(R, H), make.randn(E, N, H, scale=H**-0.5)), loop, lambda x, w: grouped_gemm(x, w, plan.offsets),
-                {"torch eager": loop, "F.grouped_mm": absent(size, H, N) or Way(lambda x, w: grouped_mm(x, w, plan.offsets), exact=loop)},
+    theirs = ragged_matmul(case, make.device, plan.counts.int())
+    return Ways((make.randn(R, H), make.randn(E, N, H, scale=H**-0.5)), loop, lambda x, w: grouped_gemm(x, w, plan.offsets), {
+        "torch eager": loop, "F.grouped_mm": absent(size, H, N) or Way(lambda x, w: grouped_mm(x, w, plan.offsets), exact=loop),
+        "triton_kernels": theirs if isinstance(theirs, str) else Way(theirs, exact=loop)},
                 nbytes=(once, 2 * once), flops=(flops, 2 * flops), extra={"largest": max(b - a for a, b in pairwise(at))})

@@ -1,10 +1,12 @@
-"""rope on a slice of a fused qkv buffer against rotate_half in torch and Liger's. `interlace bench rope`"""
+"""rope on a slice of a fused qkv buffer against rotate_half in torch, Megatron-Core's and Liger's. `interlace bench rope`"""
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
 from ..kernels import rope, rope_tables
 from .cases import MODELS, Case, Make, Way, Ways, grid
-from .peers import liger
+from .peers import liger, megatron
 
 
 def shapes(sweep: str) -> dict[str, dict[str, int]]:
@@ -45,9 +47,16 @@ def ways(case: Case, make: Make) -> Ways:
             return f.apply(q, q[:, :1], full[0].view(1, S, Dh), full[1].view(1, S, Dh))[0].permute(2, 0, 1, 3)
         return run
 
+    def megatrons(m):                                                 # takes angles: their cosines are part of each call
+        angles = torch.cat([torch.atan2(half[1], half[0])] * 2, -1)[:, None, None]
+        fused = make.device == "cuda" and m.fused_apply_rotary_pos_emb is not None
+        config = SimpleNamespace(apply_rope_fusion=fused, rotary_interleaved=False, multi_latent_attention=False, mrope_section=None)
+        return lambda x: m.apply_rotary_pos_emb(x, angles, config, cp_group=make)
+
     n, size = S * B * H * Dh, make.dtype.itemsize
     cost = (2 * n * size + 4 * S * Dh,) * 2
     eager = lambda x: torch_rope(x, *full)  # noqa: E731
     return Ways((x,), lambda x: torch_rope(x, *exact), Way(lambda x: rope(x, half[0], half[1])), {
-        "torch eager": eager, "torch.compile": make.compiled(eager), "liger": liger("LigerRopeFunction", make.device, theirs)},
+        "torch eager": eager, "torch.compile": make.compiled(eager), "liger": liger("LigerRopeFunction", make.device, theirs),
+        "megatron": megatron("models.common.embeddings.rope_utils", megatrons)},
         nbytes=cost, flops=(3 * n, 3 * n))

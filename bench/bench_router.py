@@ -1,4 +1,4 @@
-"""router with the sums its losses need, against the composition that models use today. `interlace bench router`"""
+"""router with the sums its losses need, against the composition that models use today and Megatron-Core's. `interlace bench router`"""
 from typing import Any
 
 import torch
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..kernels import router
 from .cases import Case, Make, Way, Ways, grid
+from .peers import megatron
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3-30b": {"pre_softmax": True, "norm_topk_prob": True},
@@ -48,6 +49,20 @@ def composed(name: str, K: int, bias: Tensor | None, ids: Tensor | None = None):
     return run
 
 
+def megatrons(name: str, K: int, bias: Tensor | None):
+    """Its routing in fp32 and the scores of its losses. It gives the probabilities as [T, E]."""
+    how = {} if bias is None else {**OPTIONS[name], "expert_bias": bias}
+
+    def build(m: Any):
+        def run(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            x = logits.float()
+            probs, _ = m.topk_routing_with_score_function(x, K, **how)
+            _, scores = m.compute_routing_scores_for_aux_loss(x, K, how.get("score_function", "softmax"))
+            return probs, scores.sum(0), torch.logsumexp(x, -1)
+        return run
+    return build
+
+
 def ways(case: Case, make: Make) -> Ways:
     T, E, K = (case.shape[k] for k in "TEK")
     bias = torch.linspace(-0.1, 0.1, E, device=make.device) if case.name == "deepseek-v3" else None
@@ -62,7 +77,16 @@ def ways(case: Case, make: Make) -> Ways:
         return r.probs, r.score_sums[0], r.lse
 
     eager = composed(case.name, K, bias)
-    exact = composed(case.name, K, bias, router(logits.detach(), K, **options).ids.long())
+    ids = router(logits.detach(), K, **options).ids.long()
+    exact = composed(case.name, K, bias, ids)
+
+    def wide(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        probs, *sums = exact(x)
+        return torch.zeros_like(x).scatter(1, ids, probs), *sums
+
+    theirs = megatron("transformer.moe.moe_utils", megatrons(case.name, K, bias))
     size, few = make.dtype.itemsize, 8 * T * K + 4 * T
-    return Ways((logits,), exact, ours, {"torch eager": Way(eager, exact=exact), "torch.compile": make.compiled(eager)},
+    return Ways((logits,), exact, ours, {
+        "torch eager": Way(eager, exact=exact), "torch.compile": make.compiled(eager),
+        "megatron": theirs if isinstance(theirs, str) else Way(theirs, exact=wide)},
                 nbytes=(T * E * size + few, 2 * T * E * size + few), flops=((5 + 2 * K) * T * E, (10 + K) * T * E))

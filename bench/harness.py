@@ -178,7 +178,7 @@ def _prepare_all(ways: Ways, case: Case, group: dist.ProcessGroup | None) -> tup
             continue
         why, made = "", None
         try:
-            with limited(COMPILE if name.startswith("torch.compile") else None):
+            with limited(COMPILE if "torch.compile" in name else None):
                 made = prepare(way, ways, case, truth)
         except TooLong as e:
             why = str(e)
