@@ -31,4 +31,4 @@ def ways(case: Case, make: Make) -> Ways:
         "torch eager": eager, **({"torch eager in fp32": eager_fp32} if size < 4 else {}), "torch.compile": make.compiled(eager_fp32),
         "liger": liger("LigerCrossEntropyFunction", make.device,           # overwrites its logits: it gets a copy
                        lambda f: lambda x: f.apply(x.clone(), targets, None, -100, 0.0, 0.0, "none")[0])},
-        nbytes=(N * V * size + 20 * N, 2 * N * V * size + 20 * N), flops=(4 * N * V, 3 * N * V))
+        nbytes=(N * V * size + 20 * N, 2 * N * V * size + 20 * N), flops=(4 * N * V, 3 * N * V), graph=True)

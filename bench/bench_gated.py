@@ -21,4 +21,4 @@ def ways(case: Case, make: Make) -> Ways:
     return Ways((make.randn(N, D), make.randn(N, D)), partial(gated_ref, activation=name), lambda gate, up: gated(gate, up, name), {
         "torch eager": eager, "torch.compile": make.compiled(eager),
         **({"liger": liger(LIGER[name], make.device, lambda f: f.apply)} if name in LIGER else {})},
-        nbytes=(3 * N * D * size, 5 * N * D * size), flops=(6 * N * D, 10 * N * D))
+        nbytes=(3 * N * D * size, 5 * N * D * size), flops=(6 * N * D, 10 * N * D), graph=True)

@@ -21,4 +21,4 @@ def ways(case: Case, make: Make) -> Ways:
     eager, size = partial(F.gelu, approximate=form), make.dtype.itemsize
     return Ways((make.randn(N, D),), partial(gelu_ref, approximate=form), lambda x: gelu(x, form), {
         "torch eager": eager, **({"gelu_new": gelu_new} if form == "tanh" else {}), "torch.compile": make.compiled(eager)},
-        nbytes=(2 * N * D * size, 3 * N * D * size), flops=(11 * N * D, 16 * N * D))
+        nbytes=(2 * N * D * size, 3 * N * D * size), flops=(11 * N * D, 16 * N * D), graph=True)

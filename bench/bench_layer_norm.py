@@ -27,7 +27,7 @@ def ways(case: Case, make: Make) -> Ways:
             "torch eager": torch_norm, "torch.compile": make.compiled(torch_norm),
             "liger": liger("LigerLayerNormFunction", make.device, lambda f: lambda x, w, b: f.apply(x, w, b, EPS)),
             "transformer_engine": transformer_engine("LayerNorm", D, EPS, make.device, make.dtype)},
-            nbytes=(2 * N * D * size, 3 * N * D * size), flops=(6 * N * D, 11 * N * D))
+            nbytes=(2 * N * D * size, 3 * N * D * size), flops=(6 * N * D, 11 * N * D), graph=True)
     return Ways((x, make.randn(N, D), w, b), add_layer_norm_ref, add_layer_norm, {
         "torch eager": torch_add, "torch.compile": make.compiled(torch_add)},
-        nbytes=(4 * N * D * size, 4 * N * D * size), flops=(7 * N * D, 12 * N * D))
+        nbytes=(4 * N * D * size, 4 * N * D * size), flops=(7 * N * D, 12 * N * D), graph=True)

@@ -27,9 +27,9 @@ def ways(case: Case, make: Make) -> Ways:
             "torch eager": torch_norm, "torch.compile": make.compiled(torch_norm),
             "liger": liger("LigerRMSNormFunction", make.device, lambda f: lambda x, w: f.apply(x, w, EPS, 0.0, "llama", False)),
             "transformer_engine": transformer_engine("RMSNorm", D, EPS, make.device, make.dtype)},
-            nbytes=(2 * N * D * size, 3 * N * D * size), flops=(4 * N * D, 8 * N * D))
+            nbytes=(2 * N * D * size, 3 * N * D * size), flops=(4 * N * D, 8 * N * D), graph=True)
     return Ways((x, make.randn(N, D), w), add_rms_norm_ref, add_rms_norm, {
         "torch eager": torch_add, "torch.compile": make.compiled(torch_add),
         "liger": liger("LigerFusedAddRMSNormFunction", make.device,
                        lambda f: lambda x, r, w: f.apply(x, r, w, EPS, 0.0, "llama", False)[::-1])},
-        nbytes=(4 * N * D * size, 4 * N * D * size), flops=(5 * N * D, 9 * N * D))
+        nbytes=(4 * N * D * size, 4 * N * D * size), flops=(5 * N * D, 9 * N * D), graph=True)

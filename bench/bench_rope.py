@@ -59,4 +59,4 @@ def ways(case: Case, make: Make) -> Ways:
     return Ways((x,), lambda x: torch_rope(x, *exact), Way(lambda x: rope(x, half[0], half[1])), {
         "torch eager": eager, "torch.compile": make.compiled(eager), "liger": liger("LigerRopeFunction", make.device, theirs),
         "megatron": megatron("models.common.embeddings.rope_utils", megatrons)},
-        nbytes=cost, flops=(3 * n, 3 * n))
+        nbytes=cost, flops=(3 * n, 3 * n), graph=True)

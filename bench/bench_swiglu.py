@@ -28,4 +28,4 @@ def ways(case: Case, make: Make) -> Ways:
     return Ways((make.randn(N, 2 * D),), swiglu_ref, swiglu, {
         "torch eager": torch_swiglu, "torch.compile": make.compiled(torch_swiglu), "megatron, torch.compile": megatron_swiglu(make),
         "liger": liger("LigerSiLUMulFunction", make.device, lambda f: lambda x: f.apply(*(t.contiguous() for t in x.chunk(2, -1))))},
-        nbytes=(3 * N * D * size, 5 * N * D * size), flops=(6 * N * D, 10 * N * D))
+        nbytes=(3 * N * D * size, 5 * N * D * size), flops=(6 * N * D, 10 * N * D), graph=True)

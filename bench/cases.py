@@ -74,7 +74,8 @@ class Ways:
     """Everything about a case. peers: a way, or in words why it is absent. Costs are (forward, backward), per rank.
 
     gemm, comm: the two bounds of a communication op; comm_in: the passes in which it communicates. cold: where it is
-    used, no cache holds its inputs (clocks.py). path: which of its paths the op takes here, and why."""
+    used, no cache holds its inputs (clocks.py). graph: ours and torch eager may be captured in a CUDA graph: neither waits for the GPU,
+    neither keeps anything. path: which of its paths the op takes here, and why."""
     inputs: tuple[Any, ...]
     exact: Callable[..., Any]
     ours: Callable[..., Any] | Way
@@ -86,6 +87,7 @@ class Ways:
     comm: Way | None = None
     comm_in: tuple[str, ...] = PASSES
     cold: bool = False
+    graph: bool = False
     path: str = ""
     extra: dict[str, Any] = field(default_factory=dict)               # goes into the rows
 

@@ -29,11 +29,12 @@ from .cases import Case, Way, Ways
 from .clocks import LONG, Clock, clock
 from .provenance import Neighbours
 
-__all__ = ["BOUNDS", "OUT_OF_MEMORY", "SCHEMA", "Prepared", "error", "failure", "measure", "noisy", "prepare", "run_ranks", "seeds",
-           "timed", "together"]
+__all__ = ["BOUNDS", "GRAPH", "OUT_OF_MEMORY", "SCHEMA", "Prepared", "error", "failure", "measure", "noisy", "prepare", "run_ranks",
+           "seeds", "timed", "together"]
 
 SCHEMA = 2                                                            # of a row; 1 had no case, provenance or roof
 BOUNDS = ("gemm alone", "communication alone")
+GRAPH, SMALL = ", CUDA graph", 16 << 20                               # bytes a case moves
 SPREAD, HALVES = 1.3, 0.10
 OUT_OF_MEMORY = "out of memory"
 COMPILE = 60.0                                                        # seconds torch.compile may take over a case
@@ -139,17 +140,51 @@ def prepare(way: Way, ways: Ways, case: Case, truth: dict[int, tuple[Tensor, ...
     got, again = (_whole(fn, inputs, case) for fn in functions)       # type: ignore[arg-type]
     if any(g.data_ptr() == a.data_ptr() and g.numel() for g, a in zip(got, again)):   # into a buffer of its own
         got, again = tuple(t.clone() for t in again), _whole(functions[1], inputs, case)   # type: ignore[arg-type]
-    if way.truth is not None:
-        want = tuple(way.truth(got))
-    else:
-        exact = way.exact or (ways.exact if way.inputs is None else way.fn)
-        if id(exact) not in truth:
-            double = tuple(t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, Tensor) and t.is_floating_point() else t
-                           for t in inputs)
-            truth[id(exact)] = _whole(exact, double, case)            # type: ignore[arg-type]
-        want = truth[id(exact)]
     same = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-    return Prepared(timed(functions[0], inputs, case), error(got, want), same)   # type: ignore[arg-type]
+    return Prepared(timed(functions[0], inputs, case), error(got, _truth(way, ways, case, truth, got)), same)   # type: ignore[arg-type]
+
+
+def _truth(way: Way, ways: Ways, case: Case, truth: dict[int, tuple[Tensor, ...]], got: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if way.truth is not None:
+        return tuple(way.truth(got))
+    exact = way.exact or (ways.exact if way.inputs is None else way.fn)
+    if id(exact) not in truth:
+        double = tuple(t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, Tensor) and t.is_floating_point() else t
+                       for t in (ways.inputs if way.inputs is None else way.inputs))
+        truth[id(exact)] = _whole(exact, double, case)                # type: ignore[arg-type]
+    return truth[id(exact)]
+
+
+def capture(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    """(replay, the tensors that a replay writes) of a CUDA graph of run()."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):                                            # compiles, allocates
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        outs = run()
+    return graph.replay, outs
+
+
+def graphed(way: Way, ways: Ways, case: Case, truth: dict[int, tuple[Tensor, ...]]) -> Way:
+    """The way's pass in a CUDA graph. What it is held to is a replay's doing: the capture's own tensors are filled with NaN."""
+    fn, inputs = way.fn, ways.inputs if way.inputs is None else way.inputs
+    assert fn is not None
+    leaves, upstream = _leaves(inputs), seeds(_tuple(fn(*inputs)), case)
+
+    def run() -> tuple[Tensor, ...]:
+        outs = _tuple(fn(*inputs))
+        grads = torch.autograd.grad(outs, leaves, upstream) if leaves and case.direction != "fwd" else ()
+        return (*(o.detach() for o in outs), *grads)
+    replay, outs = capture(run)
+    theirs = {t.untyped_storage().data_ptr() for t in (*inputs, *upstream) if isinstance(t, Tensor)}   # x + r passes its gradient on
+    for o in outs:
+        if o.is_floating_point() and o.untyped_storage().data_ptr() not in theirs:
+            o.fill_(math.nan)
+    return Way(lambda: (replay(), outs)[1], (), truth=lambda got: _truth(way, ways, case, truth, got))
 
 
 def _agree(value: float, group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.MAX) -> float:
@@ -169,17 +204,25 @@ def together(why: str, group: dist.ProcessGroup | None) -> str:
     return next((f"rank {r}: {w}" for r, w in enumerate(every) if w), "")
 
 
-def _prepare_all(ways: Ways, case: Case, group: dist.ProcessGroup | None) -> tuple[dict[str, Prepared], dict[str, str]]:
+def _every(ways: Ways, case: Case, device: str) -> dict[str, Way]:
+    """The ways of a case by name; of a small one on a GPU, where its bench says so, ours and torch's in a CUDA graph too. A backward alone
+    would have to run where its forward was recorded."""
+    every = {name: way for name, way in ways.all().items() if name != BOUNDS[1] or case.direction in ways.comm_in}
+    if device == "cuda" and ways.graph and case.direction != "bwd" and ways.cost(ways.nbytes, case.direction) <= SMALL:
+        every |= {name + GRAPH: every[name] for name in ("interlace", "torch eager")}
+    return every
+
+
+def _prepare_all(ways: Ways, every: dict[str, Way], case: Case,
+                 group: dist.ProcessGroup | None) -> tuple[dict[str, Prepared], dict[str, str]]:
     ready: dict[str, Prepared] = {}
     failed: dict[str, str] = {}
     truth: dict[int, tuple[Tensor, ...]] = {}
-    for name, way in ways.all().items():
-        if name == BOUNDS[1] and case.direction not in ways.comm_in:
-            continue
+    for name, way in every.items():
         why, made = "", None
         try:
             with limited(COMPILE if "torch.compile" in name else None):
-                made = prepare(way, ways, case, truth)
+                made = prepare(graphed(way, ways, case, truth) if name.endswith(GRAPH) else way, ways, case, truth)
         except TooLong as e:
             why = str(e)
             torch._dynamo.reset()
@@ -251,7 +294,8 @@ def measure(op: str, case: Case, ways: Ways, *, device: str = "cpu", budget: flo
             group: dist.ProcessGroup | None = None, roof: Roof | None = None, seed: int = 0) -> list[dict[str, Any]]:
     """Rows of a case, ours first; the same ones on all ranks. budget: seconds of timing."""
     around = Neighbours()
-    ready, failed = _prepare_all(ways, case, group)
+    every = _every(ways, case, device)
+    ready, failed = _prepare_all(ways, every, case, group)
     if ready:
         _time(ready, budget, device, group, rounds, ways.cold)
     spent = _agree(around.spent(), group, dist.ReduceOp.SUM)
@@ -275,7 +319,7 @@ def measure(op: str, case: Case, ways: Ways, *, device: str = "cpu", budget: flo
             "roof": binds, "roof_percent": 100 * limit / p50[name] if limit and name not in BOUNDS else None,
             "ratio": statistics.median(t / o for t, o in zip(p.times, ours)) if ours else None,
             "noisy": noisy(p.times, ours or p.times), "overlap": _overlap(p50, name)})
-    order = list(ways.all())
+    order = list(every)
     rows.sort(key=lambda r: order.index(r["way"]))
     rows[0]["absent"] = ways.absent()
     return rows

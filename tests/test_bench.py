@@ -1,5 +1,4 @@
 """The bench: what a row holds and cannot lack, what is kept when things go wrong, and that every op has one."""
-import importlib.util
 import json
 import math
 import os
@@ -241,41 +240,6 @@ def test_absent_peers_are_named(monkeypatch, tmp_path):
     assert isinstance(liger("LigerRMSNormFunction", "cpu", double), str)
     found = list(measured(tiny(broken=broken)).values())
     assert found[0]["absent"] == {"broken": broken} and f"absent: broken: {broken} (double)" in report.footnotes(found)
-
-
-def test_megatron_where_it_is_installed():
-    """Its ways compute what ours do: test_our_error_is_not_worse_than_torchs holds them. Else each is named."""
-    for op in ("swiglu", "rope", "router", "unpermute", "permute"):
-        case = bench_run.load(op).cases("quick", 1)[-1]
-        ways = bench_run.load(op).ways(case, Make(case, "cpu", quick=True))
-        assert sum(name.startswith("megatron") for name in (*ways.all(), *ways.absent())) == 1, op
-        why = [why for name, why in ways.absent().items() if name.startswith("megatron")]
-        assert not why or "--quick" in why[0] or (importlib.util.find_spec("megatron") is None and "pip install --no-deps" in why[0])
-
-
-def test_triton_kernels_with_a_stand_in(monkeypatch, tmp_path):
-    """What we call of it, by the names and shapes of its source: x [R, K], w [E, K, N], int32 rows of each expert. Forward only."""
-    (tmp_path / "triton_kernels/tensor_details").mkdir(parents=True)
-    (tmp_path / "triton_kernels/__init__.py").write_text("")
-    (tmp_path / "triton_kernels/tensor_details/ragged_tensor.py").write_text(
-        "def make_ragged_tensor_metadata(slice_sizes, n_gates):\n"
-        "    assert slice_sizes.dtype.itemsize == 4 and slice_sizes.ndim == 1 and slice_sizes.sum() == n_gates\n"
-        "    return slice_sizes\n")
-    (tmp_path / "triton_kernels/matmul.py").write_text(
-        "import torch\n"
-        "def matmul(a, b, bias, a_ragged_metadata=None):\n"
-        "    assert bias is None and not a.requires_grad and a.shape[1] == b.shape[1]\n"
-        "    return torch.cat([x @ w for x, w in zip(a.split(a_ragged_metadata.tolist()), b)])\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    case = next(c for c in bench_run.load("grouped_gemm").cases("cpu", 1) if c.direction == "fwd" and c.name == "odd")
-    make = Make(case, "cpu", quick=True)
-    make.device = "cuda"                                              # its tensors are a CPU's
-    ways = bench_run.load("grouped_gemm").ways(case, make)
-    assert harness.prepare(ways.all()["triton_kernels"], ways, case, {}).error < 1e-6
-    for name in [n for n in sys.modules if n.startswith("triton_kernels")]:
-        del sys.modules[name]
-    ways = bench_run.load("grouped_gemm").ways(case, Make(case, "cpu", quick=True))
-    assert ways.absent()["triton_kernels"] == "needs CUDA tensors"
 
 
 def test_a_full_disk_stops_with_words(monkeypatch, tmp_path):
