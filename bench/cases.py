@@ -49,6 +49,7 @@ class Case:
     dtype: str = "float32"
     direction: str = "fwd+bwd"
     world: int = 1
+    compiled: bool = False                                            # whether torch.compile is among its ways; no part of its key
 
     def key(self) -> dict[str, Any]:
         return {"call": self.call, "name": self.name, **self.shape, "dtype": self.dtype, "pass": self.direction, "world": self.world}
@@ -108,7 +109,7 @@ class Make:
 
     def __init__(self, case: Case, device: str, seed: int = 0, group: dist.ProcessGroup | None = None, quick: bool = False):
         self.dtype: torch.dtype = getattr(torch, case.dtype)
-        self.device, self.group, self.quick, self.seed = device, group, quick, seed
+        self.case, self.device, self.group, self.quick, self.seed = case, device, group, quick, seed
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world = dist.get_world_size(group) if group is not None else 1
         self.generators = [torch.Generator(device).manual_seed(1000 * seed + r) for r in (0, self.rank + 1)]
@@ -124,6 +125,8 @@ class Make:
         """torch.compile of fn, or why not."""
         if self.quick:
             return "left out by --quick: compiling takes seconds a case"
+        if not self.case.compiled:
+            return "compiled at one shape of a function and type, in the longest pass: it takes seconds a case"
         torch._dynamo.reset()                                         # past 8 shapes of one function it would run eagerly, in silence
         return torch.compile(fn, dynamic=False, fullgraph=True)
 
@@ -141,13 +144,13 @@ def rows(width: str, odd: int = 1023) -> Shapes:
 def grid(calls: tuple[str, ...], shapes: Shapes, passes: tuple[str, ...] = PASSES,
          dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Callable[[str, int], list[Case]]:
     """cases(sweep, world). --quick keeps both types, both shapes, and every pass of the first; on a GPU ("quick-cuda") the whole
-    shapes of all models in bf16, and every pass and fp32 of one."""
+    shapes of all models in bf16, and every pass and fp32 of one. torch.compile is tried at one shape, in the longest pass."""
     def cases(sweep: str, world: int) -> list[Case]:
         sizes = shapes("cuda" if sweep == "quick-cuda" else sweep)
-        every = [Case(call, name, shape, dtype, p, world)
+        whole = "llama-8b" if "llama-8b" in sizes else next(iter(sizes))
+        every = [Case(call, name, shape, dtype, p, world, name == whole and p == passes[-1])
                  for call in calls for name, shape in sizes.items() for dtype in dtypes for p in passes]
         if sweep == "quick-cuda":
-            whole = "llama-8b" if "llama-8b" in sizes else next(iter(sizes))
             return [c for c in every if (c.dtype == dtypes[-1]) + (c.direction == passes[-1]) + (c.name == whole) >= 2]
         if sweep != "quick":
             return every

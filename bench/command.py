@@ -13,7 +13,7 @@ from .ops import OPS, pick
 __all__ = ["main"]
 
 AGAIN = "rows measured so far are kept; the same command with --resume goes on"
-PREPARING = {True: 0.3, False: 4.0}                                   # seconds a case besides its timing: fp64, and torch.compile
+PREPARING, COMPILING = 0.3, 8.0                                       # seconds a case besides its timing: fp64; torch.compile
 HERE = Path(__file__).resolve().parent
 
 
@@ -126,10 +126,11 @@ def _measure(args: argparse.Namespace, names: list[str], folder: Path, world: in
     plan = _plan(names, world, args.device)
     if not args.quick:
         plan = [(ranks, [name]) for ranks, of in plan for name in of]
-    left = [sum(case.key() not in had for name in of for had in [measured(folder, name, run)] for case in load(name).cases(sweep, ranks))
-            for ranks, of in plan]
+    todo = [[case for name in of for had in [measured(folder, name, run)] for case in load(name).cases(sweep, ranks)
+             if case.key() not in had] for ranks, of in plan]
+    left = list(map(len, todo))
     if args.seconds is None:
-        _estimate(sum(left), sum(len(of) for _, of in plan), args.quick)
+        _say_how_long([case for cases in todo for case in cases], sum(len(of) for _, of in plan), args.quick)
     start, whole, worst = time.monotonic(), sum(left), 0
     for i, (ranks, of) in enumerate(plan):
         if args.seconds is not None:                                  # what is left, by ops
@@ -152,11 +153,16 @@ def _words(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _estimate(cases: int, ops: int, quick: bool) -> None:
+def _estimate(cases: list[Any], quick: bool) -> float:
+    """Seconds on an idle machine."""
     from .run import BUDGET
-    seconds = cases * (BUDGET[quick] + PREPARING[quick])
+    return len(cases) * (BUDGET[quick] + PREPARING) + (0 if quick else COMPILING * sum(case.compiled for case in cases))
+
+
+def _say_how_long(cases: list[Any], ops: int, quick: bool) -> None:
+    seconds = _estimate(cases, quick)
     if seconds > 60:
-        _say(f"{cases} cases of {ops} ops, about {_words(seconds)} on an idle machine; rows are kept as they come, and after Ctrl-C "
+        _say(f"{len(cases)} cases of {ops} ops, about {_words(seconds)} on an idle machine; rows are kept as they come, and after Ctrl-C "
              "the same command with --resume goes on")
 
 

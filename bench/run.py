@@ -20,7 +20,7 @@ from .rows import append, measured
 
 __all__ = ["build", "free_memory", "load", "measure_roofs", "ops", "stamped"]
 
-BUDGET = {True: 0.35, False: 2.0}                                     # seconds of timing a case; with --quick, without
+BUDGET = {True: 0.35, False: 1.5}                                     # seconds of timing a case; with --quick, without
 
 
 def load(op: str) -> Any:

@@ -2,6 +2,7 @@
 import contextlib
 import pathlib
 import signal
+import statistics
 import time
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from interlace import cli
 from interlace.bench import clocks, command, harness, readme, report, roofs, rows
 from interlace.bench import run as bench_run
-from interlace.bench.cases import Case, Ways
+from interlace.bench.cases import Case, Make, Way, Ways
 from interlace.bench.ops import OPS
 from interlace.bench.provenance import provenance
 
@@ -71,6 +72,41 @@ def test_every_way_finds_the_same_caches(monkeypatch):
         samples = [tuple(ran[i:i + 3]) for i in range(len(ran) - 3 * 27, len(ran), 3)]
         assert {*samples} == {("flushed" if cold else name, "timed", name) for name in ("ours", "torch", "peer")}
         assert row["cold"] is cold and len(row["samples_us"]) == 9
+
+
+def test_two_places_in_memory_that_differ_are_noise():
+    """A cold way is made twice and timed in turn: what differs between the two may differ between two runs."""
+    made, case = [], Case("double", "tiny", {"N": 8}, direction="fwd")
+
+    def fresh(slow):
+        def make():
+            made.append(slow * (len(made) % 2))
+            wait = 2e-3 + made[-1]
+            return lambda: (time.sleep(wait), torch.ones(8))[1]
+        return Way(truth=lambda got: [torch.ones(8)], fresh=make)
+    for slow in (0.0, 4e-3):
+        made.clear()
+        found = measured(Ways((), double, fresh(0.0), {"torch eager": fresh(slow)}, cold=True), case, rounds=(12, 12))
+        assert len(found["torch eager"]["samples_us"]) == 12 and made == [0, 0, 0, slow]
+        if slow:
+            one, other = (statistics.median(found["torch eager"]["samples_us"][i::2]) for i in (0, 1))
+            assert found["torch eager"]["noisy"] and max(one, other) > 1.5 * min(one, other)
+    places = []
+    x = torch.randn(8)
+    measured(Ways((x,), double, lambda t: (places.append(t.data_ptr()), t * 2)[1], {}, cold=True), case, rounds=(9, 9))
+    assert len({*places[-8:]}) == 2 and places[-2:] == places[-4:-2], "inputs in two places, in turn"
+
+
+def test_a_sweep_ends_in_time():
+    """By its own estimate: all on a CPU under an hour, --quick under three minutes. torch.compile once for a function and type."""
+    worlds = {"one": (1,), "many": (2,), "both": (1, 2)}
+    for sweep, most in (("cpu", 3600), ("quick", 180)):
+        every = [c for op, (ranks, _) in OPS.items() for w in worlds[ranks] for c in bench_run.load(op).cases(sweep, w)]
+        assert command._estimate(every, sweep == "quick") < most
+        tried = [(c.call, c.dtype, c.world) for c in every if c.compiled]
+        assert tried and len({*tried}) == len(tried)
+    case = next(c for c in bench_run.load("swiglu").cases("cpu", 1) if not c.compiled)
+    assert "at one shape of a function" in bench_run.load("swiglu").ways(case, Make(case, "cpu")).absent()["torch.compile"]
 
 
 def test_cache_bytes():
