@@ -36,12 +36,9 @@ tree:
 	@for f in interlace/*.py interlace/py.typed; do ln -sfn ../../../$$f build/tree/interlace/; done
 
 # On a machine with one NVIDIA GPU and a CUDA torch: nothing is installed, csrc is built in place. PYTHONSAFEPATH (Python 3.11): else
-# -m puts this folder first, whose interlace/ is but the front door.
-# The build counts as part of the 9 minutes. DRY=1, or no GPU: what is missing and what would run.
+# -m puts this folder first, whose interlace/ is but the front door. DRY=1, or no GPU: what is missing and what would run.
 gpu-report: tree
-	@since=$$(date +%s); \
-	$(if $(DRY),true,$(PYTHON) setup.py -q build_ext --inplace) || echo "gpu-report: csrc was not built; goes on without it" >&2; \
-	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/tree:$$PYTHONPATH $(PYTHON) -m interlace.bench.gpu_report --since $$since \
+	@PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/tree:$$PYTHONPATH $(PYTHON) -m interlace.bench.gpu_report \
 		--out "$(or $(OUT),gpu-report)" $(if $(PART),--part $(PART)) $(if $(DRY),--dry-run)
 
 # Needs nvcc of CUDA 13, no GPU. A venv of its own with the oldest pair of torch and Triton that is tested, a CUDA build of gigabytes.

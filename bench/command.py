@@ -37,7 +37,8 @@ def writable(folder: Path, who: str) -> Path:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 1 when ours is wrong, failed at a case for want of anything but memory, or got slower than --against allows."""
+    """Exit status: 0; 1 when ours is wrong, failed at a case for want of anything but memory or a package, or got slower than --against
+    allows."""
     if args.list:
         for name, (ranks, what) in OPS.items():
             print(f"{name:<20} {what}" + {"many": "  (several ranks)", "both": "  (one and several ranks)"}.get(ranks, ""))
@@ -64,7 +65,8 @@ def main(args: argparse.Namespace) -> int:
     finally:
         rows = _report(names, folder, run, args)
     ours = [r for r in rows if r["way"].startswith("interlace")]
-    bad = any("out of memory" not in r["failed"] if "failed" in r else not r["error"] <= WRONG for r in ours)
+    excused = ("out of memory", "NotImplementedError")                # too large for this machine, not for this machine
+    bad = any(not any(e in r["failed"] for e in excused) if "failed" in r else not r["error"] <= WRONG for r in ours)
     return status or max(int(bad), _compare(rows, old, args.threshold) if old is not None else 0)
 
 

@@ -1,16 +1,17 @@
 """Everything one NVIDIA GPU can tell, in one command: `make gpu-report [PART=name] [OUT=folder]`.
 
     part        what                                                                            seconds at most
+    build       csrc, in place; before any other part                                           180
     doctor      versions, build tiers, topology, self-test                                      45
     tests       every test marked gpu                                                           150
     bench       every op in its GPU sizes, each for its share of the time; tables and plots     200, the last 25 for these
     sanitizer   compute-sanitizer memcheck and racecheck over the kernels' small cases          90
 
-    --out holds report.md, a log of each part, and bench.tar.gz (rows, roofs, tables, plots), packed anew every 15 s: 6 files
+    --out holds report.md, a log of each part, and bench.tar.gz (rows, roofs, tables, plots), packed anew every 15 s: 7 files
 
-Runs from the source tree (the Makefile builds csrc and puts a link tree on PYTHONPATH; nothing is installed, caches lie in
-build/), in under 9 minutes from when `make` began, and writes each part to --out as it goes, so that a run that is cut short
-leaves what it had. After a slow build every part gets proportionally less. Exit status 1 when a part failed or was cut short;
+Runs from the source tree (the Makefile puts a link tree on PYTHONPATH; nothing is installed, caches lie in build/), in under 9
+minutes, and writes each part to --out as it goes, so that a run that is cut short leaves what it had. After a slow build every
+part gets proportionally less; without csrc the others run all the same. Exit status 1 when a part failed or was cut short;
 report.md says which. Without a GPU, or with --dry-run, nothing runs: it says what is missing and which commands it would run.
 """
 import argparse
@@ -28,14 +29,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-m", "gpu"]
+# A file whose imports are not all here is an error of its own, and the others run.
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--continue-on-collection-errors", "-m", "gpu"]
 # The tests mostly wait for Triton to compile. A file to a worker: what it compiled it uses again.
 PARALLEL = ["-n", "4", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
 # One small shape of each kernel: under the sanitizer a launch costs a second.
 SMALL = ["tests/test_rms_norm.py", "tests/test_layer_norm.py", "tests/test_swiglu.py", "tests/test_rope.py", "tests/test_dropout.py",
          "tests/test_cross_entropy.py"]
 MEASURED = ROOT / "build" / "gpu-bench"                               # where the bench writes: some 20 files
-TOTAL = 525.0                                                         # seconds from the start of `make`
+TOTAL = 525.0                                                         # seconds of all
 LARGEST = 15 << 20                                                    # bytes of a file in --out
 GRACE = 8.0                                                           # seconds from SIGINT, at which all sum up, to SIGKILL
 REFUSED = "Device not supported"                                      # what compute-sanitizer says under some virtual machines
@@ -50,6 +52,7 @@ def commands() -> dict[str, tuple[float, list[list[str]]]]:
     checks = [[sanitizer(), "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *PYTEST, "-x",
                "-k", "kernel_matches and float32", *SMALL] for tool in ("memcheck", "racecheck")]
     return {
+        "build": (180, [[sys.executable, "setup.py", "-q", "build_ext", "--inplace"]]),
         "doctor": (45, [[sys.executable, "-m", "interlace", "doctor"]]),
         "tests": (150, [[*PYTEST, *PARALLEL, "-vv", "--durations=10", "tests"]]),
         "bench": (175, [[sys.executable, "-m", "interlace", "bench", "--device", "cuda", "--quick", "--seconds", "140", "--out",
@@ -184,15 +187,14 @@ def plan(parts: dict[str, tuple[float, list[list[str]]]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder of the results (default: %(default)s)")
-    parser.add_argument("--part", help=f"run one part alone: {', '.join(commands())}")
-    parser.add_argument("--since", type=float, help="when the build began, in seconds since 1970: it counts too")
+    parser.add_argument("--part", help=f"run one part alone, after the build: {', '.join(commands())}")
     parser.add_argument("--dry-run", action="store_true", help="say what is missing here and what would run")
     args = parser.parse_args()
     if args.part is not None and args.part not in commands():
         print(f"gpu-report: --part must be one of {', '.join(commands())}, got {args.part}", file=sys.stderr)
         return 2
     torch = _torch()
-    parts = {name: part for name, part in commands().items() if args.part in (None, name)}
+    parts = {name: part for name, part in commands().items() if name == "build" or args.part in (None, name)}
     gpu = torch is not None and torch.cuda.is_available()
     if args.dry_run or not gpu:
         print("gpu-report: runs on a machine with one NVIDIA GPU and a CUDA build of torch; on a CPU use `make test` and `make bench`",
@@ -205,11 +207,10 @@ def main() -> int:
     except OSError as e:
         print(f"gpu-report: --out must be a folder that can be written, got {args.out}: {e.strerror}; choose another", file=sys.stderr)
         return 2
-    end = time.monotonic() + TOTAL - (max(0.0, time.time() - args.since) if args.since else 0.0)
     lacks = [f"Missing: {what}.\n" for what in missing()]
     head = [f"# GPU report: {torch.cuda.get_device_name()}, torch {torch.__version__}", "", *lacks,
             "| part | result | seconds |", "|---|---|---|"]
-    return report(args.out, head, parts, end)
+    return report(args.out, head, parts, time.monotonic() + TOTAL)
 
 
 def report(out: Path, lines: list[str], parts: dict[str, tuple[float, list[list[str]]]], end: float) -> int:

@@ -38,7 +38,7 @@ def pick(names: list[str]) -> list[str]:
     """The benches to run, all when none is named. Raises: UserError with the nearest names."""
     for name in names:
         if name not in OPS:
-            near = difflib.get_close_matches(name, OPS, n=3, cutoff=0.4) or list(OPS)
+            near = difflib.get_close_matches(name, OPS, n=3, cutoff=0.4)
             raise UserError(f"bench: an op must be one of those `interlace bench --list` shows, got {name}; "
-                            f"did you mean {' or '.join(near)}?")
+                            + (f"did you mean {' or '.join(near)}?" if near else f"they are {', '.join(OPS)}"))
     return list(dict.fromkeys(names)) or list(OPS)

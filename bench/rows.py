@@ -1,5 +1,6 @@
 """Rows on disk, JSON lines, and what an older file says about a newer one."""
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def key(row: Row) -> tuple[Any, ...]:
 
 
 def read_old(path: Path) -> dict[tuple[Any, ...], Row]:
-    """The newest row of every measurement in `path`, a file or a folder of them; rows of other versions in it are passed over.
+    """The newest row of every measurement in `path`, a file or a folder of them. Rows of other versions in it, and lines that are none
+    (a run that was killed amid a line), are passed over; of the latter it warns.
     Raises: UserError where no row can be compared with those of today, or one is of another machine."""
     say = f"bench: --against must be a <op>.jsonl of this machine, written by interlace bench, or a folder of them, got {path}"
     try:
@@ -87,12 +89,13 @@ def read_old(path: Path) -> dict[tuple[Any, ...], Row]:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{say}, which cannot be read: {e}") from None
     found: dict[tuple[Any, ...], Row] = {}
-    other = ""
+    other, broken = "", []
     for at, line in lines:
         try:
             row = json.loads(line)
         except ValueError:
-            raise UserError(f"{say}, whose {at} is not JSON") from None
+            other, broken = f"{say}, whose {at} is not JSON", [*broken, at]
+            continue
         if not isinstance(row, dict) or row.get("schema") != SCHEMA or any(n not in row for n in NEEDED):
             version = row.get("schema", 1) if isinstance(row, dict) else "?"
             other = f"{say}, whose {at} is of version {version}, this interlace writes {SCHEMA}: measure the old commit again"
@@ -104,6 +107,9 @@ def read_old(path: Path) -> dict[tuple[Any, ...], Row]:
             found[key(row)] = row
     if not found:
         raise UserError(other or f"{say}, which has no figures in it")
+    if broken:
+        print(f"bench: {path}: passed over what is not JSON, {', '.join(broken[:3])}" + f" and {len(broken) - 3} more" * (len(broken) > 3),
+              file=sys.stderr)
     return found
 
 

@@ -274,7 +274,7 @@ def test_ctrl_c_keeps_the_rows(tmp_path, op):
 
 
 @pytest.mark.parametrize("words, wanted", [
-    (["rmsnorm"], "did you mean rms_norm"), (["rms_norm", "gem_ar"], "did you mean gemm_ar"), (["zzz"], "did you mean rms_norm or"),
+    (["rmsnorm"], "did you mean rms_norm"), (["rms_norm", "gem_ar"], "did you mean gemm_ar"), (["zzz"], "they are rms_norm, layer"),
     (["--threshold", "0.5"], "--threshold must be >= 1"), (["--nproc", "0"], "--nproc must be >= 1"),
     (["--against", "/nope.jsonl"], "cannot be read"), (["--quik"], "did you mean --quick?"),
     (["rope", "--out", "/dev/null/x"], "--out must be a folder that can be written, got /dev/null/x"),
@@ -344,6 +344,24 @@ def test_against_refuses(quick, tmp_path, capsys, change, wanted):
             rows.read_old(old)
     assert quick.run("--against", str(old)) == 2
     assert (wanted or "none in common") in capsys.readouterr().err
+
+
+def test_a_torn_line_is_passed_over(quick, tmp_path, capsys):
+    """A run that was killed amid a line: the rest of its file can still be compared with."""
+    assert quick.run() == 0
+    old = tmp_path / "old.jsonl"
+    old.write_text((tmp_path / "swiglu.jsonl").read_text() + '{"op": "swi')
+    capsys.readouterr()
+    assert quick.run("--against", str(old), "--threshold", "1000") == 0
+    out, err = capsys.readouterr()
+    assert "against the older file: 1 cases" in out and f"{old}: passed over what is not JSON, line 3" in err
+
+
+def test_what_is_not_for_this_machine_is_no_failure(quick):
+    def absent(case, make):
+        raise NotImplementedError("a bench of transformers: pip install transformers")
+    quick.ways = staticmethod(absent)
+    assert quick.run() == 0
 
 
 def test_a_wrong_kernel_fails_the_command(quick, capsys):

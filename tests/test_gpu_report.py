@@ -41,7 +41,9 @@ def test_a_part_that_is_cut_short_keeps_its_rows(tmp_path, monkeypatch):
 def test_time_fits_and_parts_name_real_things():
     parts = gpu_report.commands()
     afterwards = sum(seconds for seconds, _ in gpu_report.AFTERWARDS.values())
-    assert sum(seconds for seconds, _ in parts.values()) + afterwards <= gpu_report.TOTAL < 540
+    assert sum(seconds for seconds, _ in parts.values()) - parts["build"][0] + afterwards <= gpu_report.TOTAL - 40   # s of a build
+    assert gpu_report.TOTAL < 540
+    assert parts["build"][0] * gpu_report.shares(parts, gpu_report.TOTAL) > 120
     for file in gpu_report.SMALL:
         assert (gpu_report.ROOT / file).exists()
     for _, todo in parts.values():
@@ -52,7 +54,24 @@ def test_time_fits_and_parts_name_real_things():
 
 @pytest.mark.parametrize("left, wanted", [(525, 1.0), (10000, 1.0), (242.5, 0.5), (-30, 0.05)])
 def test_a_slow_build_leaves_every_part_less(left, wanted):
-    assert gpu_report.shares(gpu_report.commands(), left) == pytest.approx(wanted)
+    others = {name: part for name, part in gpu_report.commands().items() if name != "build"}
+    assert gpu_report.shares(others, left) == pytest.approx(wanted)
+
+
+def test_a_part_comes_after_the_build(tmp_path, monkeypatch, capsys):
+    """One part alone is built first too; a build that fails is said, and the part runs all the same."""
+    program = lambda text: [[sys.executable, "-c", text]]  # noqa: E731
+    monkeypatch.setattr(gpu_report, "commands", lambda: {
+        "build": (60, program("raise SystemExit('no compiler')")), "doctor": (60, program("print('well')")), "tests": (60, program("1"))})
+    monkeypatch.setattr(gpu_report, "MEASURED", tmp_path / "measured")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a card")
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--out", str(tmp_path / "out"), "--part", "doctor"])
+    assert gpu_report.main() == 1
+    said = [line.split(" in ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["gpu-report: build: failed", "gpu-report: doctor: ok"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"build.log", "doctor.log", "report.md"}
+    assert "no compiler" in (tmp_path / "out" / "build.log").read_text()
 
 
 def test_every_command_has_its_share(tmp_path):
@@ -118,7 +137,7 @@ def report(*words, **env):
 
 def test_an_unknown_part():
     done = report("--part", "nonsense")
-    assert done.returncode == 2 and "must be one of doctor, tests, bench, sanitizer, got nonsense" in done.stderr
+    assert done.returncode == 2 and "must be one of build, doctor, tests, bench, sanitizer, got nonsense" in done.stderr
 
 
 def test_without_a_gpu_it_says_what_is_missing(tmp_path):

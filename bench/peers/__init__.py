@@ -12,7 +12,8 @@ __all__ = ["installed", "liger", "megatron", "transformer_engine", "triton_kerne
 def installed(module: str, build: Callable[[Any], Any], pip: str, device: str, cuda_only: bool = True) -> Any:
     """build(module), or in words why there is none: a peer that fails to import is named, and the bench goes on."""
     try:
-        with warnings.catch_warnings(action="ignore"):                # of what they lack themselves
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                           # of what they lack themselves
             found = importlib.import_module(module)
     except ModuleNotFoundError as e:
         return f"not installed (pip install {pip})" if e.name and module.startswith(e.name) else f"does not import: {e}"
