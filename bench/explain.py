@@ -21,14 +21,11 @@ def path(op: str, group: dist.ProcessGroup | None, device: str, shape: tuple[int
     x = torch.empty(0, dtype=dtype, device=device)
     room = heap.nbytes if heap is not None else pad_room(x, group) if device != "cpu" else 0
     multicast, machine = pad_multicast(x, group), heap.machine if heap is not None else pad_machine(x, group) if device != "cpu" else None
-    side = "; communicates in the backward" if op in DUALS else ""
-    if inner is not None:
-        rows, cols = shape                                            # type: ignore[misc]
-        return str(choose(DUALS.get(op, op), rows, cols, inner, dtype.itemsize, dist.get_world_size(group), device, room,
+    if inner is not None or device != "cpu":
+        rows, cols = shape if inner is not None else (torch.Size(shape).numel(), 1)   # type: ignore[misc]
+        side = "; communicates in the backward" if op in DUALS else ""
+        return str(choose(DUALS.get(op, op), rows, cols, inner or 0, dtype.itemsize, dist.get_world_size(group), device, room,
                           multicast=multicast, machine=machine)) + side
-    if device != "cpu":
-        return str(choose(op, torch.Size(shape).numel(), 1, 0, dtype.itemsize, dist.get_world_size(group), device, room,
-                          multicast=multicast, machine=machine))
     if heap is None:
         return f"torch.distributed: no shared memory among these ranks{f' ({WHY_NOT})' if WHY_NOT else ''}"
     n = dtype.itemsize * torch.Size(shape).numel()

@@ -30,7 +30,7 @@ from .cases import Case, Way, Ways
 from .clocks import LONG, Clock, clock
 from .provenance import Neighbours
 
-__all__ = ["BOUNDS", "GRAPH", "OUT_OF_MEMORY", "SCHEMA", "Prepared", "error", "failure", "measure", "noisy", "prepare", "run_ranks",
+__all__ = ["BOUNDS", "GRAPH", "OUT_OF_MEMORY", "SCHEMA", "Prepared", "error", "failure", "measure", "noisy", "prepare",
            "seeds", "timed", "together"]
 
 SCHEMA = 2                                                            # of a row; 1 had no case, provenance or roof
@@ -343,24 +343,3 @@ def _overlap(p50: dict[str, float], name: str) -> float | None:
     if name in BOUNDS or not gemm or not comm:
         return None
     return (gemm + comm - p50[name]) / min(gemm, comm)
-
-
-# ---- ranks of a bench that is run by hand ---------------------------------------------------------------------
-
-
-def _rank(rank: int, world: int, path: str, threads: int, fn: Callable, args: tuple) -> None:
-    from ..kernels.dispatch import tune_malloc
-    torch.set_num_threads(threads)
-    tune_malloc()
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    fn(rank, *args)
-    dist.destroy_process_group()
-
-
-def run_ranks(world: int, fn: Callable, *args: Any, threads: int = 1) -> None:
-    """fn(rank, *args) on `world` fresh gloo ranks of `threads` threads each."""
-    import tempfile
-
-    import torch.multiprocessing as mp
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, f"{folder}/store", threads, fn, args), nprocs=world)

@@ -89,7 +89,7 @@ def read_old(path: Path) -> dict[tuple[Any, ...], Row]:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{say}, which cannot be read: {e}") from None
     found: dict[tuple[Any, ...], Row] = {}
-    other, broken = "", []
+    other, broken = "", list[str]()
     for at, line in lines:
         try:
             row = json.loads(line)

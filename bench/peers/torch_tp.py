@@ -1,20 +1,16 @@
-"""A Llama-style GPT in plain torch under torch's own tensor parallelism: `python -m interlace.bench.peers.torch_tp`
+"""A Llama-style GPT in plain torch under torch's own tensor parallelism, held to float64 and timed by bench_train_step.py.
 
     model = parallelize(TorchGPT(Config(...)), world, sequence_parallel)
     loss = step(model, ids, labels)        # forward + backward; every rank sees the whole micro-batch
 
 The plan is that of PyTorch's tutorial (https://docs.pytorch.org/tutorials/intermediate/TP_tutorial.html): q, k, v, gate
 and up by columns, o and down by rows, the embedding and the head over the vocabulary with loss_parallel; with sequence
-parallelism the norms work on their part of the sequence. Run as a program it checks two gloo ranks against one process
-in float64, then prints the time of a step.
+parallelism the norms work on their part of the sequence.
 """
 import contextlib
-import statistics
-import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,8 +23,6 @@ from torch.distributed.tensor.parallel import (
     loss_parallel,
     parallelize_module,
 )
-
-from ..harness import run_ranks
 
 
 @dataclass(frozen=True)
@@ -152,65 +146,3 @@ def step(model: TorchGPT, ids: Tensor, labels: Tensor, scale: float = 1.0) -> Te
 
 def _full(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-# ---- check and time -------------------------------------------------------------------------------------------
-
-
-def _make(c: Config, batch: int, dtype: torch.dtype) -> tuple[TorchGPT, Tensor, Tensor]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    model = TorchGPT(c)
-    torch.set_default_dtype(torch.float32)
-    ids = torch.randint(c.vocab, (batch, c.seq + 1))
-    return model, ids[:, :-1], ids[:, 1:]
-
-
-def _check(rank: int, c: Config, batch: int) -> None:
-    world = dist.get_world_size()
-    dense, ids, labels = _make(c, batch, torch.float64)
-    want = step(dense, ids, labels)
-    for sp in (False, True):
-        model = parallelize(_make(c, batch, torch.float64)[0], world, sp)
-        loss, worst = (step(model, ids, labels) - want).abs().item(), 0.0
-        for (name, p), q in zip(model.named_parameters(), dense.parameters(), strict=True):
-            assert p.grad is not None and q.grad is not None
-            grad = _full(p.grad)
-            error = ((grad - q.grad).abs().max() / q.grad.abs().max()).item()
-            assert error < 1e-10, f"tp{world} sp={sp}: gradient of {name} is off by {error:.1e}"
-            worst = max(worst, error)
-        assert loss < 1e-12, f"tp{world} sp={sp}: loss is off by {loss:.1e}"
-        if rank == 0:
-            print(f"tp{world} sp={sp!s:<5}  float64 against one process: loss {loss:.1e}, worst gradient {worst:.1e}",
-                  flush=True)
-
-
-def _time(rank: int, c: Config, batch: int, sp: bool, rounds: int) -> None:
-    world = dist.get_world_size()
-    model, ids, labels = _make(c, batch, torch.float32)
-    parallelize(model, world, sp)
-    times = []
-    for _ in range(rounds + 3):
-        model.zero_grad()
-        dist.barrier()
-        start = time.perf_counter()
-        step(model, ids, labels)
-        times.append(time.perf_counter() - start)
-    slowest = torch.tensor(times[3:], dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    if rank == 0:
-        q = statistics.quantiles(slowest.tolist(), n=10)
-        print(f"tp{world} sp={sp!s:<5}  {q[4] * 1e3:8.1f} ms per forward + backward  "
-              f"[{q[1] * 1e3:.1f}, {q[7] * 1e3:.1f}]", flush=True)
-
-
-def main() -> None:
-    run_ranks(2, _check, Config(num_layers=2, hidden=64, ffn=96, heads=4, vocab=130, seq=16), 3)
-    c, batch = Config(), 4
-    print(f"{c}, micro-batch {batch}, float32, one thread a rank")
-    for world, sp in ((1, False), (2, False), (2, True)):
-        run_ranks(world, _time, c, batch, sp, 15)
-
-
-if __name__ == "__main__":
-    main()
