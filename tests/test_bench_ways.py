@@ -47,15 +47,16 @@ def test_triton_kernels_with_a_stand_in(monkeypatch, tmp_path):
         "    assert bias is None and not a.requires_grad and a.shape[1] == b.shape[1]\n"
         "    return torch.cat([x @ w for x, w in zip(a.split(a_ragged_metadata.tolist()), b)])\n")
     monkeypatch.syspath_prepend(tmp_path)
-    case = next(c for c in bench_run.load("grouped_gemm").cases("cpu", 1) if c.direction == "fwd" and c.name == "odd")
-    make = Make(case, "cpu", quick=True)
-    make.device = "cuda"                                              # its tensors are a CPU's
-    ways = bench_run.load("grouped_gemm").ways(case, make)
-    assert harness.prepare(ways.all()["triton_kernels"], ways, case, {}).error < 1e-6
+    bench = bench_run.load("grouped_gemm")
+    case = next(c for c in bench.cases("cpu", 1) if c.direction == "fwd" and c.name == "odd")
+    T, H, K, E, I = (case.shape[k] for k in "THKEI")
+    x, w, counts = torch.randn(T * K, H, requires_grad=True), torch.randn(E, 2 * I, H), torch.full((E,), T * K // E).int()
+    counts[0] += T * K - counts.sum().int()
+    want = torch.cat([rows @ one.t() for rows, one in zip(x.split(counts.tolist()), w)])
+    assert torch.allclose(bench.ragged_matmul(case, "cuda", counts)(x, w), want, atol=1e-4)
     for name in [n for n in sys.modules if n.startswith("triton_kernels")]:
         del sys.modules[name]
-    ways = bench_run.load("grouped_gemm").ways(case, Make(case, "cpu", quick=True))
-    assert ways.absent()["triton_kernels"] == "needs CUDA tensors"
+    assert bench.ragged_matmul(case, "cpu", counts) == "needs CUDA tensors"
 
 
 @pytest.fixture
@@ -117,3 +118,16 @@ def test_capture_calls_what_torch_has(monkeypatch):
     replay, outs = harness.capture(lambda: (did.append("run"), (torch.ones(1),))[1])
     replay()
     assert [d for d in did if d[0] != "wait"] == [(1,), "run", "run", "run", (1, "stream"), "run", "replay"] and outs[0] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "swiglu", "gated", "gelu", "rope", "cross_entropy"])
+def test_cuda_graphs_on_a_gpu(op):
+    for case in bench_run.load(op).cases("quick", 1):
+        ways = bench_run.load(op).ways(case, Make(case, "cuda", quick=True))
+        found = {r["way"]: r for r in harness.measure(op, case, ways, device="cuda", budget=0.01)}
+        assert ("interlace" + harness.GRAPH in found) == ("torch eager" + harness.GRAPH in found) == (case.direction != "bwd"), str(case)
+        for name, row in found.items():
+            if name.endswith(harness.GRAPH):
+                assert row.get("error") == pytest.approx(found[name.removesuffix(harness.GRAPH)]["error"]), (str(case), row)
