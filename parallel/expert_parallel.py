@@ -87,7 +87,7 @@ class TopKRouter(nn.Module):
         set_pieces(self.weight, replicated((num_experts, hidden_size), tp, partial), std=init_std)
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(num_experts) if options.expert_bias else None)
-        init_parameters(self, seed=0)
+        init_parameters(self)
 
     def forward(self, x: Tensor, sequences: int = 1, ids: Tensor | None = None) -> Routing:
         o, wide = self.options, torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -189,7 +189,7 @@ class MoELayer(nn.Module):
         for name, size, kind in (("tokens_per_expert", num_experts, torch.int64), ("losses", 2, torch.float64),
                                  ("dropped", 1, torch.int64), ("step_load", num_experts, torch.int64)):
             self.register_buffer(name, torch.zeros(size, dtype=kind), persistent=False)
-        init_parameters(self, seed=0)
+        init_parameters(self)
 
     def forward(self, x: Tensor, first_sample: int = 0) -> Tensor:
         mine = scatter_to(x, self.tp) if self.split else x

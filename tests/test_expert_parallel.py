@@ -109,6 +109,16 @@ OPTIONS = {
 }
 
 
+def test_layers_on_their_own_start_apart_and_follow_torch_manual_seed():
+    def made():
+        torch.manual_seed(5)
+        return [MoELayer(D, FF, 4, RouterOptions()) for _ in range(2)]
+    (a, b), again = made(), made()[0]
+    for name, p in a.named_parameters():
+        assert torch.equal(p, again.get_parameter(name)) and not torch.equal(p, b.get_parameter(name)), name
+
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_layer_is_the_formula(name, activation):
