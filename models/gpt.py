@@ -256,7 +256,8 @@ class GPT(nn.Module):
         return self.norm(self.run(self.embed(ids, first_sample), range(self.cfg.num_layers), first_sample))
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """The normalised output of the last layer, labels [B, S] -> mean loss (0-d)"""
+        """The normalised output of the last layer, labels [B, S] -> mean loss over all of them (0-d). A label of -100 counts, with a loss
+        of 0: so the mean over ranks and micro-batches is that of the whole batch."""
         return vocab_parallel_cross_entropy(self.lm_head(hidden), labels.t(), self.tp, num_embeddings=self.vocab_size).mean()
 
     def forward(self, ids: Tensor, labels: Tensor, first_sample: int = 0) -> Tensor:

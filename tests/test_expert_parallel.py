@@ -118,7 +118,6 @@ def test_layers_on_their_own_start_apart_and_follow_torch_manual_seed():
         assert torch.equal(p, again.get_parameter(name)) and not torch.equal(p, b.get_parameter(name)), name
 
 
-
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_layer_is_the_formula(name, activation):
