@@ -138,8 +138,8 @@ def changes(new: list[Row], old: dict[tuple[Any, ...], Row], threshold: float) -
 
     Slower counts when the time grew and also the time relative to torch eager in the same rounds: the machine may have
     slowed, torch's code has not. An op that had figures and now fails is slower too, unless memory ran out."""
-    eager = {key(r)[:1] + key(r)[2:]: r for r in new if r["way"].startswith("torch eager") and "p50_us" in r}
-    eager_old = {k[:1] + k[2:]: r for k, r in old.items() if r["way"].startswith("torch eager")}
+    eager = {key(r)[:1] + key(r)[2:]: r for r in new if r["way"] == "torch eager" and "p50_us" in r}
+    eager_old = {k[:1] + k[2:]: r for k, r in old.items() if r["way"] == "torch eager"}
     slower, all_of_it = [], []
     for row in new:
         was = old.get(key(row))

@@ -383,6 +383,8 @@ def test_what_counts_as_slower():
     assert rows.changes(now(12.0, 10.0), old, 1.1)[0]
     assert not rows.changes(now(12.0, 12.0), old, 1.1)[0], "the machine is slower, not the kernel"
     assert not rows.changes(now(9.0, 5.0), old, 1.1)[0], "torch is faster, the kernel is not slower"
+    graph = {**eager, "way": "torch eager, CUDA graph", "p50_us": 1.0}
+    assert rows.changes([*now(12.0, 10.0), graph], old, 1.1)[0], "against torch eager itself"
     failed = {k: v for k, v in mine.items() if k != "p50_us"}
     assert rows.changes([{**failed, "failed": "RuntimeError: x"}], old, 1.1)[0]
     assert not rows.changes([{**failed, "failed": "out of memory: x"}], old, 1.1)[0]
