@@ -106,7 +106,7 @@ def plots(rows: list[Row], folder: Path) -> list[Path]:
         for (top, bottom), (title, of) in zip(axes, groups.items()):
             _panel(top, bottom, title, of, colours)
         ways = {label: line for top, _ in axes for line, label in zip(*top.get_legend_handles_labels())}
-        figure.legend(ways.values(), ways, fontsize=8, ncols=min(6, len(ways)), loc="outside upper center")
+        figure.legend(ways.values(), ways, fontsize=8, ncols=min(6, len(ways)), loc="upper center")
         folder.mkdir(parents=True, exist_ok=True)
         for kind in ("png", "svg"):
             made.append(folder / f"{op}.{kind}")
@@ -118,8 +118,10 @@ def _axes(figure: Any, panels: int) -> tuple[Any, list[tuple[Any, Any]]]:
     """A figure and its pairs of axes, time above percent, four pairs to a line."""
     across = min(4, panels)
     down = -(-panels // across)
-    made = figure(figsize=(4.2 * across, 0.5 + 5.5 * down), layout="constrained")
+    width, height = 4.2 * across, 0.8 + 5.5 * down                    # inches. No layout engine: it takes longer than all the drawing
+    made = figure(figsize=(width, height))
     every = made.subplots(2 * down, across, squeeze=False)
+    made.subplots_adjust(0.9 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.8 / height, wspace=0.33, hspace=0.35)
     pairs = [(every[2 * line][i], every[2 * line + 1][i]) for line in range(down) for i in range(across)]
     for top, bottom in pairs[panels:]:
         top.remove()
@@ -147,10 +149,12 @@ def _panel(top: Any, bottom: Any, title: str, rows: list[Row], colours: dict[str
     bottom.axhline(100, color="grey", lw=0.5)
     bottom.set(xscale="log", xlabel={"flops": "FLOPs"}.get(by, by), ylabel="% of this machine's roof")
     bottom.set_ylim(bottom=0)
-    for axis in (top.xaxis, bottom.xaxis):
-        axis.set_major_locator(LogLocator(10, (1.0, 3.0), numticks=6))
-        axis.set_minor_formatter(NullFormatter())
-        axis.set_tick_params(labelsize=7)
+    for panel in (top, bottom):
+        panel.xaxis.set_major_locator(LogLocator(10, (1.0, 3.0), numticks=6))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.tick_params(which="both", labelsize=7)
+        panel.xaxis.label.set_fontsize(8)
+        panel.yaxis.label.set_fontsize(8)
 
 
 def main(folder: Path) -> int:
