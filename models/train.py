@@ -34,6 +34,7 @@ from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline_parallel import Pipeline
 from ..parallel.sharding import reduce_tied_grads
+from ..parallel.tensor_parallel import calls_of
 from . import checkpoint
 from .config import Config, ModelConfig, to_yaml
 from .data import Dataset, build_tokens
@@ -152,7 +153,7 @@ class Run:
                 seconds = time.perf_counter() - start
                 if watch is not None:
                     watch.step()
-                if log is not None and self.step == first and (paths := paths_taken()):
+                if log is not None and self.step == first and (paths := paths_taken(calls_of(self.model))):
                     (self.out / "paths.txt").write_text("\n".join(paths) + "\n")
                 row = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_per_second": tokens / seconds,
                        "seconds": seconds, "samples": self.samples, "tokens": self.step * tokens, **self.balance()}

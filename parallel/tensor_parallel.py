@@ -11,6 +11,7 @@ On a one-rank axis each layer is its own dense reference.
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -202,6 +203,25 @@ class ParallelHead(nn.Module):
                                gather_x=self.sequence_parallel)
 
 
+def calls_of(model: nn.Module) -> dict[tuple[str, int, int], list[str]]:
+    """The layers of `model` behind each call of a fused op, for `paths_taken`: (op, columns, K) -> names, those of numbered layers once.
+
+    In the backward a column-parallel layer sums dx, and a row-parallel one under sequence parallelism gathers dy: "dx of <name>"."""
+    calls: dict[tuple[str, int, int], list[str]] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, (ColumnParallelLinear, RowParallelLinear, GatheredLinear, ParallelHead)) or layer.tp.size == 1:
+            continue
+        (n, k), sp, name = layer.weight.shape, getattr(layer, "sequence_parallel", False), re.sub(r"\b\d+\b", "*", name)
+        if isinstance(layer, RowParallelLinear):
+            made = {("gemm_rs" if sp else "gemm_ar", n, k): name} | ({("ag_gemm", n, k): f"dx of {name}"} if sp else {})
+        else:
+            made = {("gemm_rs" if sp else "gemm_ar", k, n): f"dx of {name}"} | ({("ag_gemm", k, n): name} if sp else {})
+        for call, caller in made.items():
+            if caller not in calls.setdefault(call, []):
+                calls[call].append(caller)
+    return calls
+
+
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -290,4 +310,4 @@ def check_ids(what: str, ids: Tensor, below: int, ignore_index: int | None = Non
 
 
 __all__ = ["ColumnParallelLinear", "GatheredLinear", "ParallelHead", "RowParallelLinear", "VocabParallelEmbedding",
-           "vocab_parallel_cross_entropy"]
+           "calls_of", "vocab_parallel_cross_entropy"]

@@ -5,10 +5,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from torch import nn
 
 from interlace.kernels.comm import SymmHeap, ag_gemm, gemm_ar, gemm_rs
-from interlace.kernels.comm.agree import choose_path, paths_taken
+from interlace.kernels.comm.agree import choose_path, forget_paths, paths_taken
 from interlace.kernels.comm.choose import HOPPER, MULTICAST, PATHS, Machine, choose
+from interlace.parallel.layout import Layout
+from interlace.parallel.mesh import Axis, Mesh
+from interlace.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear, calls_of
 
 OPS = ("gemm_ar", "gemm_rs", "ag_gemm", "rs_residual_norm")
 SIZES = (0, 1, 7, 64, 1000, 2048, 100_000)
@@ -95,6 +99,36 @@ def _runs(rank):
 
 def test_the_path_named_is_the_path_run():
     run(2, _runs)
+
+
+def _callers(rank, sp):
+    """Each layer by itself: what it calls is named after it, and nothing else is."""
+    tp = Mesh.build(Layout(world=2, tp=2)).tp
+    block = lambda: nn.ModuleDict({"up": ColumnParallelLinear(16, 48, tp=tp, sequence_parallel=sp),  # noqa: E731
+                                   "down": RowParallelLinear(48, 16, tp=tp, sequence_parallel=sp)})
+    model = nn.ModuleDict({"layers": nn.ModuleList([block(), block()]), "head": ColumnParallelLinear(16, 40, tp=tp, sequence_parallel=sp)})
+    calls, rows = calls_of(model), 6 // (1 + sp)
+    told = lambda: [line.split(": ")[0].split(", ") for line in paths_taken(calls)]  # noqa: E731
+    for name, layer, x in (("layers.*.up", model["layers"][1]["up"], torch.ones(rows, 2, 16)),
+                           ("layers.*.down", model["layers"][0]["down"], torch.ones(6, 2, 24)),
+                           ("head", model["head"], torch.ones(rows, 2, 16))):
+        column = "down" not in name
+        forget_paths()
+        y = layer(x.requires_grad_())
+        forward = told()
+        forget_paths()
+        y.sum().backward()
+        backward = told()
+        assert len(forward) == (sp or not column) and len(backward) == (sp or column), (name, forward, backward)
+        assert all(name in names for names in forward) and all(f"dx of {name}" in names for names in backward), (name, forward, backward)
+    assert sorted(n for names in calls.values() for n in names) == sorted(
+        ["dx of layers.*.up", "dx of head", "layers.*.down", *(["layers.*.up", "head", "dx of layers.*.down"] if sp else [])])
+    assert not calls_of(ColumnParallelLinear(16, 48, tp=Axis("tp"))), "one rank calls no fused op"
+
+
+@pytest.mark.parametrize("sp", [False, True], ids=["tp", "sp"])
+def test_a_path_tells_the_layers_that_take_it(sp):
+    run(2, _callers, sp)
 
 
 # ---- the constants --------------------------------------------------------------------------------------------

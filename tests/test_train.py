@@ -1,6 +1,7 @@
 """The whole run: loss falls on real text, the same for every layout, resume exact to the bit, sampling, errors in words."""
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -151,6 +152,7 @@ def test_generate(tmp_path, text):
     paths = (out / "paths.txt").read_text()                           # which path each op took, and why
     assert "float64" not in paths and "ag_gemm [" in paths and "gemm_rs [" in paths
     assert all("] heap, " in line for line in paths.splitlines())
+    assert re.search(r"^layers\.\*\.self_attn\.qkv_proj.*: ag_gemm \[", paths, re.M), paths
     greedy = generate(out, "line 1: the", tokens=12, temperature=0)
     assert greedy.startswith("line 1: the") and len(greedy) > len("line 1: the")
     assert greedy == generate(out, "line 1: the", tokens=12, temperature=0)

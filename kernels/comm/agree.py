@@ -4,6 +4,7 @@ Over the heap every call carries op, dtype, rows and columns with its first sign
 at every call, before anything is read. torch.distributed has no such word: there `agree` exchanges it once for each new case.
 """
 import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,11 +50,12 @@ def choose_path(op: str, rows: int, cols: int, inner: int, x: Tensor, group: Gro
     return path, heap if path.name.startswith("heap") else None
 
 
-def paths_taken() -> list[str]:
+def paths_taken(callers: Mapping[tuple[str, int, int], Iterable[str]] | None = None) -> list[str]:
     """A line for every op, size and type this process has run over more than one rank: which path, and why.
 
-    Since `forget_paths`."""
-    return [f"{op} [{rows} x {cols}, K {inner}, {str(dtype)[6:]}, {world} ranks] {path}"
+    Since `forget_paths`. callers: who calls an op with so many (op, columns, K), to stand before it."""
+    who = {call: f"{', '.join(names)}: " for call, names in (callers or {}).items()}
+    return [f"{who.get((op, cols, inner), '')}{op} [{rows} x {cols}, K {inner}, {str(dtype)[6:]}, {world} ranks] {path}"
             for (op, rows, cols, inner, dtype, world), path in _taken.items() if world > 1]
 
 
