@@ -256,6 +256,11 @@ def _explain(args: argparse.Namespace) -> int:
         return 0
     from .models.explain import explain
     print(explain(config, world))
+    if config.model.tensor_model_parallel_size > 1:                   # imports torch, which the rest does without
+        from .models.paths import predicted
+        from .parallel.layout import Layout
+        print("\npath of each call that is fused with its product, over tp on this machine")
+        print("\n".join(f"    {line}" for line in predicted(config, Layout.from_config(config, world))))
     return 0
 
 

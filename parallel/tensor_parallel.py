@@ -203,19 +203,18 @@ class ParallelHead(nn.Module):
                                gather_x=self.sequence_parallel)
 
 
-def calls_of(model: nn.Module) -> dict[tuple[str, int, int], list[str]]:
-    """The layers of `model` behind each call of a fused op, for `paths_taken`: (op, columns, K) -> names, those of numbered layers once.
-
-    In the backward a column-parallel layer sums dx, and a row-parallel one under sequence parallelism gathers dy: "dx of <name>"."""
-    calls: dict[tuple[str, int, int], list[str]] = {}
+def calls_of(model: nn.Module) -> dict[tuple[str, int, int, bool], list[str]]:
+    """The layers of `model` behind each call of a fused op, for `paths_taken`: (op, columns, K, gathered too) -> names, those of numbered
+    layers once. In the backward a column-parallel layer sums dx, and a row-parallel one with sp gathers dy: "dx of <name>"."""
+    calls: dict[tuple[str, int, int, bool], list[str]] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, (ColumnParallelLinear, RowParallelLinear, GatheredLinear, ParallelHead)) or layer.tp.size == 1:
             continue
         (n, k), sp, name = layer.weight.shape, getattr(layer, "sequence_parallel", False), re.sub(r"\b\d+\b", "*", name)
         if isinstance(layer, RowParallelLinear):
-            made = {("gemm_rs" if sp else "gemm_ar", n, k): name} | ({("ag_gemm", n, k): f"dx of {name}"} if sp else {})
+            made = {("gemm_rs" if sp else "gemm_ar", n, k, False): name} | ({("ag_gemm", n, k, True): f"dx of {name}"} if sp else {})
         else:
-            made = {("gemm_rs" if sp else "gemm_ar", k, n): f"dx of {name}"} | ({("ag_gemm", k, n): name} if sp else {})
+            made = {("gemm_rs" if sp else "gemm_ar", k, n, False): f"dx of {name}"} | ({("ag_gemm", k, n, False): name} if sp else {})
         for call, caller in made.items():
             if caller not in calls.setdefault(call, []):
                 calls[call].append(caller)

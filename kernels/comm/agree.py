@@ -18,7 +18,7 @@ from .machine import Machine
 from .pad import pad_machine, pad_multicast, pad_room
 from .registry import Group, group_size
 
-__all__ = ["agree", "check_device", "choose_path", "forget_paths", "paths_taken"]
+__all__ = ["agree", "check_device", "choose_path", "forget_paths", "path_line", "paths_taken"]
 
 _agreed: set[tuple] = set()
 _taken: dict[tuple, Path] = {}
@@ -29,7 +29,7 @@ def _choose(op: str, rows: int, cols: int, inner: int, dtype: torch.dtype, world
             multicast: bool = False, machine: Machine | None = None) -> Path:
     """choose, once for each case of this process, and kept for `paths_taken`."""
     path = choose(op, rows, cols, inner, dtype.itemsize, world, device, slot, whole, multicast, machine)
-    _taken[op, rows, cols, inner, dtype, world] = path
+    _taken[op, rows, cols, inner, whole, dtype, world] = path
     return path
 
 
@@ -50,13 +50,19 @@ def choose_path(op: str, rows: int, cols: int, inner: int, x: Tensor, group: Gro
     return path, heap if path.name.startswith("heap") else None
 
 
-def paths_taken(callers: Mapping[tuple[str, int, int], Iterable[str]] | None = None) -> list[str]:
+def paths_taken(callers: Mapping[tuple[str, int, int, bool], Iterable[str]] | None = None) -> list[str]:
     """A line for every op, size and type this process has run over more than one rank: which path, and why.
 
-    Since `forget_paths`. callers: who calls an op with so many (op, columns, K), to stand before it."""
-    who = {call: f"{', '.join(names)}: " for call, names in (callers or {}).items()}
-    return [f"{who.get((op, cols, inner), '')}{op} [{rows} x {cols}, K {inner}, {str(dtype)[6:]}, {world} ranks] {path}"
-            for (op, rows, cols, inner, dtype, world), path in _taken.items() if world > 1]
+    Since `forget_paths`. callers: who makes a call of (op, columns, K, whether it gathers x too), to stand before it."""
+    return [path_line(op, rows, cols, inner, whole, dtype, world, path, (callers or {}).get((op, cols, inner, whole), ()))
+            for (op, rows, cols, inner, whole, dtype, world), path in _taken.items() if world > 1]
+
+
+def path_line(op: str, rows: int, cols: int, inner: int, whole: bool, dtype: torch.dtype, world: int, path: Path,
+              callers: Iterable[str]) -> str:
+    who = ", ".join(callers)
+    return (f"{who}{': ' if who else ''}{op} [{rows} x {cols}, K {inner}, {str(dtype)[6:]}, {world} ranks"
+            f"{', and the gathered x' * whole}] {path}")
 
 
 def forget_paths() -> None:
