@@ -135,8 +135,8 @@ def test_others_equal_stock(name, sp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sp", [False, True])
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name, sp", [pytest.param(name, sp, marks=[needs_stacks] if sp and "expert" in "".join(OTHERS[name][1]) else [])
+                                      for name in OTHERS for sp in (False, True)])
 def test_all_others_equal_stock(name, sp):
     run(2, _other, name, sp)
 
