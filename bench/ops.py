@@ -10,6 +10,7 @@ OPS = {                                                               # name of 
     "layer_norm": ("one", "layer_norm, add_layer_norm"),
     "swiglu": ("one", "swiglu"),
     "gated": ("one", "gated: silu, gelu and gelu_tanh of a gate, times up"),
+    "clamped_swiglu": ("one", "clamped_swiglu: gpt-oss's gate, with the biases of experts"),
     "gelu": ("one", "gelu, exact and tanh"),
     "rope": ("one", "rope on a slice of a fused qkv buffer"),
     "attention": ("one", "causal attention on slices of a fused qkv buffer, on CPU"),

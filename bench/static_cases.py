@@ -26,7 +26,7 @@ def _module(name: str) -> Any:                                        # by path:
 RMS, LN, SWIGLU, GATED, GELU, ROPE, CE, DROPOUT, JITTER, ROUTER, PLAN, PERMUTE, UNPERMUTE, GROUPED = map(_module, (
     "rms_norm", "layer_norm", "swiglu", "gated", "gelu", "rope", "cross_entropy", "dropout", "jitter", "router", "route_plan", "permute",
     "unpermute", "grouped_gemm"))
-ADAMW, NORM = _module("adamw"), _module("grad_norm")
+ADAMW, NORM, CLAMPED = map(_module, ("adamw", "grad_norm", "clamped_swiglu"))
 PAD, AR, AG, RS = map(_module, ("comm.pad", "comm.triton_ar", "comm.triton_ag", "comm.triton_rs"))
 Launch = Callable[[torch.dtype], object]
 Floor = Callable[[int], float]
@@ -88,6 +88,18 @@ def _swiglu(N: int, F: int) -> list[Case]:
              {"_fwd_kernel": lambda s: 3 * N * F * s + 4 * N}, 6 * N * F),
         Case("swiglu", f"probs {N}x{F}", lambda dt: SWIGLU._launch_probs_bwd(half(dt), both(dt), _new(N)),
              {"_probs_bwd_kernel": lambda s: 6 * N * F * s + 8 * N}, 13 * N * F),
+    ]
+
+
+def _clamped(R: int, F: int, E: int) -> list[Case]:
+    """gpt-oss 120B: an ffn of 2880, 128 experts."""
+    half, both, bias = lambda dt: _new(R, F, dtype=dt), lambda dt: _new(R, 2 * F, dtype=dt), lambda dt: _new(E, 2 * F, dtype=dt)
+    rest = lambda dt: (bias(dt), _new(E + 1, dtype=torch.int32), _new(R), 1.702, 7.0)  # noqa: E731
+    return [
+        Case("clamped_swiglu", f"{R}x{F}", lambda dt: CLAMPED._launch_fwd(both(dt), *rest(dt)),
+             {"_fwd_kernel": lambda s: (3 * R * F + 2 * E * F) * s + 4 * R}, 9 * R * F),
+        Case("clamped_swiglu", f"{R}x{F}", lambda dt: CLAMPED._launch_bwd(half(dt), both(dt), *rest(dt)),
+             {"_bwd_kernel": lambda s: (5 * R * F + 2 * E * F) * s + 8 * R}, 18 * R * F),
     ]
 
 
@@ -244,6 +256,7 @@ def _overlapped(M: int, N: int, K: int, W: int) -> list[Case]:
 
 CASES: list[Case] = [
     *_norms(8192, 8192), *_norms(8192, 12288), *_swiglu(8192, 28672), *_gelus(8192, 36864), *_rope(4096, 2, 64, 128),
+    *_clamped(8192, 2880, 128),
     *_cross_entropy(8192, 128256 // 8), *_dropout(8192, 8192), *_jitter(8192, 8192),
     *_moe(16384, 2048, 8, 128), *_experts(16384, 2048, 768, 8, 128),
     *_router(16384, 8, 2, 0, "16384x8 2 of 8"), *_router(16384, 128, 8, 0, "16384x128 8 of 128"),

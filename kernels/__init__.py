@@ -3,6 +3,7 @@ if __name__ == "kernels":
     raise ImportError("import interlace.kernels, not kernels: the repo root is on sys.path")
 from .adamw import adamw, adamw_ref
 from .attention import attention, attention_ref
+from .clamped_swiglu import clamped_swiglu, clamped_swiglu_ref
 from .cross_entropy import cross_entropy, cross_entropy_ref
 from .dropout import dropout, dropout_ref
 from .experts import expert_mlp, expert_mlp_ref
@@ -21,9 +22,9 @@ from .swiglu import swiglu, swiglu_ref
 from .unpermute import unpermute, unpermute_ref
 
 __all__ = ["RoutePlan", "Routing", "adamw", "adamw_ref", "add_layer_norm", "add_layer_norm_ref", "add_rms_norm", "add_rms_norm_ref",
-           "attention", "attention_ref", "aux_loss", "cross_entropy", "cross_entropy_ref", "dropout", "dropout_ref", "expert_mlp",
-           "expert_mlp_ref", "forced_balance", "from_mask", "gated", "gated_ref", "gelu", "gelu_ref", "grad_norm", "grad_square_sum",
-           "grad_square_sum_ref", "grouped_gemm", "grouped_gemm_ref", "grouped_wgrad", "grouped_wgrad_ref", "jitter", "jitter_ref",
-           "layer_norm", "layer_norm_ref", "permute", "permute_ref", "rms_norm", "rms_norm_ref", "rope", "rope_ref", "rope_tables",
-           "route_plan", "route_plan_ref", "router", "router_ref", "swiglu", "swiglu_ref", "unpermute", "unpermute_ref",
-           "update_expert_bias", "z_loss"]
+           "attention", "attention_ref", "aux_loss", "clamped_swiglu", "clamped_swiglu_ref", "cross_entropy", "cross_entropy_ref",
+           "dropout", "dropout_ref", "expert_mlp", "expert_mlp_ref", "forced_balance", "from_mask", "gated", "gated_ref", "gelu",
+           "gelu_ref", "grad_norm", "grad_square_sum", "grad_square_sum_ref", "grouped_gemm", "grouped_gemm_ref", "grouped_wgrad",
+           "grouped_wgrad_ref", "jitter", "jitter_ref", "layer_norm", "layer_norm_ref", "permute", "permute_ref", "rms_norm",
+           "rms_norm_ref", "rope", "rope_ref", "rope_tables", "route_plan", "route_plan_ref", "router", "router_ref", "swiglu",
+           "swiglu_ref", "unpermute", "unpermute_ref", "update_expert_bias", "z_loss"]

@@ -254,7 +254,7 @@ def rows_wgrad(g: Tensor, x: Tensor, offsets: Tensor, topk: int = 1, g_slots: Te
 
 
 def _setup(ctx, inputs, output):
-    x, w, offsets, slots, row, _, main_grad = inputs
+    x, w, offsets, slots, row, ctx.transposed, main_grad = inputs
     ctx.save_for_backward(x, w, offsets, *(() if slots is None else (row, slots)))
     ctx.main_grad = main_grad                                         # not saved: every backward of a step writes to it
 
@@ -265,11 +265,13 @@ def _backward(ctx, dy):
     dy = dy.contiguous()
     dx = dw = None
     if ctx.needs_input_grad[0]:
-        dx = _ROWS(dy, w, offsets, None, None, True, None)
+        dx = _ROWS(dy, w, offsets, None, None, not ctx.transposed, None)
         if row is not None:
             dx = torch.ops.interlace.unpermute_fwd(dx, None, None, None, row, slots)
     if ctx.needs_input_grad[1]:
-        dw = rows_wgrad(dy, x, offsets, 1 if row is None else row.shape[1], None, slots, ctx.main_grad)
+        topk = 1 if row is None else row.shape[1]
+        dw = (rows_wgrad(x, dy, offsets, topk, slots, None, ctx.main_grad) if ctx.transposed
+              else rows_wgrad(dy, x, offsets, topk, None, slots, ctx.main_grad))
     return dx, dw, None, None, None, None, None
 
 
@@ -302,22 +304,26 @@ def check_main_grad(op: str, out: Tensor, shape: list[int], like: Tensor) -> Non
                          f"{list(out.shape)} {out.dtype} on {out.device} with strides {out.stride()}")
 
 
-def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, gather: RoutePlan | None = None, main_grad: Tensor | None = None) -> Tensor:
+def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, gather: RoutePlan | None = None, main_grad: Tensor | None = None,
+                 transposed: bool = False) -> Tensor:
     """One linear layer per expert over rows in expert order.
 
     Args: x [R, K] float32, bfloat16, float16 (float64 on CPU); w [E, N, K] as in nn.Linear; offsets int32 [E+1], rows of expert e are
       offsets[e] .. offsets[e+1] - 1; gather: the plan whose tokens x [T, K] holds, its rows are then read from them; main_grad
-      [E, N, K] float32: the backward adds dw to it and gives w no gradient.
+      like w in float32: the backward adds dw to it and gives w no gradient; transposed: w is [E, K, N], read as it lies.
     Returns: y [R, N], zero from row offsets[E] on. On CUDA nothing waits for the offsets.
     Raises: ValueError where shapes disagree; on CPU RuntimeError for offsets that do not rise or end past R.
     """
-    check_experts("grouped_gemm", x, w, offsets, gather, main_grad)
+    linear = w.transpose(1, 2) if transposed and w.ndim == 3 else w
+    check_experts("grouped_gemm", x, linear, offsets, gather, None)
+    if main_grad is not None:
+        check_main_grad("grouped_gemm", main_grad, list(w.shape), w)
     if not fused(x, w, offsets):
         if main_grad is not None:
             raise ValueError("grouped_gemm: main_grad must be None where the reference runs, got a tensor; build the C++ ops (make setup)")
-        return grouped_gemm_ref(x, w, offsets, gather)
+        return grouped_gemm_ref(x, linear, offsets, gather)
     row, slots = (None, None) if gather is None else (gather.row_of_slot, gather.slot_of_row)
-    return _grouped_gemm(x.contiguous(), w.contiguous(), offsets.contiguous(), slots, row, False, main_grad)
+    return _grouped_gemm(x.contiguous(), w.contiguous(), offsets.contiguous(), slots, row, transposed, main_grad)
 
 
 def grouped_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:

@@ -84,6 +84,21 @@ def test_gathered_is_permuted_kernel_matches(device):
     assert torch.equal(a, b) and all(torch.equal(m.grad, n.grad) for m, n in zip(*leaves))
 
 
+@pytest.mark.parametrize("add", [False, True])
+def test_transposed_weights_are_read_as_they_lie_kernel_matches(add, device):
+    x, w, plan, dy = plan_case(device, align=8)
+    other = w.transpose(1, 2).contiguous()
+    leaves = [(x.clone().requires_grad_(), t.clone().requires_grad_()) for t in (w, other)]
+    main = [torch.ones_like(t, dtype=torch.float32) if add and fused(x) else None for t in (w, other)]
+    a = grouped_gemm(*leaves[0], plan.offsets, plan, main[0])
+    b = grouped_gemm(*leaves[1], plan.offsets, plan, main[1], transposed=True)
+    a.backward(dy), b.backward(dy)
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(leaves[0][0].grad, leaves[1][0].grad)
+    dw = [t.grad if m is None else m for (_, t), m in zip(leaves, main)]
+    torch.testing.assert_close(dw[0].transpose(1, 2), dw[1])
+
+
 def test_nan_behind_the_experts_and_of_dropped_tokens_stays_there_kernel_matches(device):
     x, w, offsets, dy = case("empty experts", device)                 # x is NaN there already
     dy[offsets[-1]:] = torch.nan

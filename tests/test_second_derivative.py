@@ -6,6 +6,7 @@ from ranks import run
 from interlace.kernels import (
     add_layer_norm,
     add_rms_norm,
+    clamped_swiglu,
     cross_entropy,
     dropout,
     expert_mlp,
@@ -35,6 +36,7 @@ NONE = {
     "rms_norm": (rms_norm, (5, 8), (8,)), "add_rms_norm": (lambda *a: sum(add_rms_norm(*a)), (5, 8), (5, 8), (8,)),
     "layer_norm": (layer_norm, (5, 8), (8,), (8,)), "add_layer_norm": (lambda *a: sum(add_layer_norm(*a)), (5, 8), (5, 8), (8,), (8,)),
     "swiglu": (swiglu, (5, 8)), "swiglu with probs": (swiglu, (5, 8), (5,)), "gated": (gated, (5, 8), (5, 8)), "gelu": (gelu, (5, 8)),
+    "clamped_swiglu": (lambda z, b, p: clamped_swiglu(z, b, PLAN.offsets, p), (10, 8), (4, 8), (10,)),
     "cross_entropy": (lambda x: cross_entropy(x, IDS[:, 0]), (5, 7)), "router": (lambda x: router(x, 2).probs, (5, 4)),
     "unpermute": (lambda y, p: unpermute(y, PLAN, p), (10, 3), (5, 2)),
     "grouped_gemm": (lambda x, w: grouped_gemm(x, w, PLAN.offsets), (10, 6), (4, 3, 6)),
