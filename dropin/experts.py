@@ -27,7 +27,7 @@ from ..kernels.comm import all_reduce, combine, dispatch, dispatch_plan
 from ..parallel.foreign import join_tokens, scatter_tokens
 from ..parallel.mesh import Axis, Mesh
 from ..parallel.sharding import Piece, pieces_of, split
-from .fused import COUNTS, two_experts
+from .fused_experts import COUNTS, two_experts
 from .split import Plan, Split
 
 __all__ = ["SpreadExperts", "check_experts", "spread_experts"]

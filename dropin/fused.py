@@ -13,7 +13,7 @@ autocast, say) and under `use(kernels="original")`.
     no parameters, the tanh form of gelu (torch's exact one is as fast)            gelu
     a forward that calls a function (q, k, cos, sin) of its file, which turns halves   rope, in a copy of that forward (attention.py)
     a forward that calls scaled_dot_product_attention, causal and without a mask     attention, on CPU (attention.py)
-    3-d gate_up_proj [E, 2F, H] and down_proj [E, H, F], called with chosen experts and their weights     route_plan, expert_mlp
+    stacks of experts, called with chosen experts and their weights                route_plan, expert_mlp and others (fused_experts.py)
     nn.Linear, and x @ weight + bias as transformers' Conv1D, on a CPU whose torch multiplies slower                gemm (product.py)
     nn.CrossEntropyLoss; a model's `loss_function` equal to the shifted mean over labels                  cross_entropy
 """
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import cross_entropy, dispatch, expert_mlp, gated, gelu, layer_norm, rms_norm, route_plan, swiglu
+from ..kernels import cross_entropy, dispatch, gated, gelu, layer_norm, rms_norm, swiglu
 from ..kernels.comm.gemm import gemm
 from ..kernels.comm.gemm_ar import reduced_product
 from ..parallel.tensor_parallel import ColumnParallelLinear
@@ -46,6 +46,7 @@ class Change:
     eps: Any = None                                                   # a float; None: the dtype's own, as in nn.RMSNorm
     offset: float = 0.0                                               # y = xhat * (offset + w)
     activation: str = ""                                              # silu, gelu, gelu_tanh
+    clamp: tuple[float, float] = (0.0, 0.0)                           # alpha and the limit of clamped_swiglu
     style: str = ""                                                   # sharding: column, row, ...
     attributes: dict[str, Any] = field(default_factory=dict)
 
@@ -171,17 +172,6 @@ class GELU(Fused):
         return gelu(x, "tanh")
 
 
-class Experts(Fused):
-    """route_plan and expert_mlp over all experts at once. An expert id of E means none, as in transformers."""
-
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        w13, w2 = self.gate_up_proj, self.down_proj
-        if hidden_states.dim() != 2 or not _alike(hidden_states, w13, w2):
-            return super().forward(hidden_states, top_k_index, top_k_weights)
-        ids = top_k_index.where(top_k_index < len(w13), -1)
-        return expert_mlp(hidden_states, w13, w2, route_plan(ids, len(w13)), top_k_weights)
-
-
 class CrossEntropyLoss(Fused):
     """cross_entropy of [N, V] logits and class indices."""
 
@@ -276,7 +266,7 @@ def _hooked(m: nn.Module) -> bool:
 
 def recognise(module: nn.Module) -> tuple[type, Change] | str | None:
     """(class to put in front, the change), or why a likely candidate is left as it is, or None for what is no candidate."""
-    for look in (_loss, _norm, _mlp, _experts, _gelu):
+    for look in (_loss, _norm, _mlp, _gelu):
         found = look(module)
         if found is not None:
             if "forward" in vars(module):
@@ -409,46 +399,6 @@ def _gelu(module: Any) -> tuple[type, Change] | str | None:
     if torch.is_tensor(y) and y.shape == x.shape and bool((y - ACTIVATIONS["gelu_tanh"](x)).abs().max() <= 1e-5):
         return GELU, Change(type(module), "gelu")
     return None
-
-
-def _experts(module: nn.Module) -> tuple[type, Change] | str | None:
-    params = dict(module.named_parameters(recurse=False))
-    if not {"gate_up_proj", "down_proj"} <= set(params) or any(p.dim() != 3 for p in params.values()):
-        return None
-    w13, w2 = params["gate_up_proj"], params["down_proj"]
-    if len(params) > 2 or w13.shape[1] != 2 * w2.shape[2] or w2.shape[1] != w13.shape[2]:
-        return "experts with biases, or stored transposed, have no kernel"
-    if w2.is_meta:
-        module = two_experts(module)
-        w13, w2 = (module.get_parameter(n) for n in ("gate_up_proj", "down_proj"))
-    x = torch.randn(2, w2.shape[1], generator=torch.Generator().manual_seed(4)).to(w2)
-    ids, weights = torch.tensor([[0], [len(w2) - 1]], device=w2.device), torch.tensor([[0.5], [0.25]]).to(w2)
-    try:
-        with torch.no_grad():
-            got = type(module).forward(module, x, ids, weights)
-            gate, up = torch.einsum("th,tfh->tf", x, w13[ids[:, 0]]).chunk(2, -1)
-            want = torch.einsum("tf,thf->th", F.silu(gate) * up, w2[ids[:, 0]]) * weights
-    except Exception as e:
-        return f"its forward does not run on a probe: {type(e).__name__}"
-    if not want.any():
-        return "its weights are zero, so that a probe tells nothing: load them first"
-    tolerance = 0.05 if w2.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    if not torch.is_tensor(got) or got.shape != want.shape or not (got - want).abs().max() <= tolerance * want.abs().max():
-        return "its forward is not the weighted sum of down(silu(gate(x)) * up(x)) on a probe"
-    return Experts, Change(type(module), "expert_mlp")
-
-
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")    # attributes that hold the number of experts
-
-
-def two_experts(module: nn.Module) -> Any:
-    """A copy of an experts module on the CPU, in fp32, with two random experts: what one on meta computes."""
-    probe: Any = copy.copy(module)
-    g = torch.Generator().manual_seed(2)
-    probe.__dict__["_parameters"] = {n: nn.Parameter(torch.randn(2, *p.shape[1:], generator=g) * 0.1, requires_grad=False)
-                                     for n, p in module.named_parameters(recurse=False)}
-    vars(probe).update({a: 2 for a in COUNTS if a in vars(module)})
-    return probe
 
 
 def recognise_loss(model: Any) -> CausalLoss | str | None:

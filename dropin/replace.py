@@ -24,6 +24,7 @@ from ..parallel.errors import nearest, raise_problems
 from ..parallel.mesh import Axis, Mesh
 from .attention import recognise_attention
 from .fused import CausalLoss, Change, Fused, fused_class, implementation, recognise, recognise_loss, use
+from .fused_experts import recognise_experts
 from .layers import Plan as _Plan
 from .layers import gather, make_plan, split_all, whole_all
 from .loss import split_logits, whole_outputs
@@ -35,7 +36,7 @@ from .split import check_mesh
 
 __all__ = ["replace_", "restore_", "use", "verify"]
 
-KERNELS = ("attention", "cross_entropy", "expert_mlp", "gated", "gelu", "gemm", "layer_norm", "rms_norm", "rope", "swiglu")
+KERNELS = ("attention", "clamped_swiglu", "cross_entropy", "expert_mlp", "gated", "gelu", "gemm", "layer_norm", "rms_norm", "rope", "swiglu")
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
@@ -49,8 +50,8 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
         mesh: None for one device, or this rank's Mesh: layers are split over its tp axis, experts over its ep axis (over tp where ep
             has one rank); every rank calls with the same whole model.
         plan: "auto" (by structure), None (split nothing), or {pattern: "column" | "row" | "gather" | "vocab"} (fnmatch on names).
-        kernels: "auto", "none", or names out of attention, cross_entropy, expert_mlp, gated, gelu, gemm, layer_norm, rms_norm, rope,
-            swiglu.
+        kernels: "auto", "none", or names out of attention, clamped_swiglu, cross_entropy, expert_mlp, gated, gelu, gemm, layer_norm,
+            rms_norm, rope, swiglu.
         only, skip: patterns (fnmatch) of module names to look at, or to leave alone, with all below them.
         strict: raise where a pattern matches nothing, or a candidate has to be left as it is. dry_run: report only.
         sequence_parallel: between the decoder's layers each rank of tp holds its part of the tokens (plan="auto").
@@ -213,7 +214,7 @@ def _look(name: str, module: nn.Module, names: tuple[str, ...],
     old = type(module).__name__
     if isinstance(module, Fused):
         return Row(name, old, why="already replaced"), None
-    found = (recognise(module) or recognise_attention(module)) if names else None
+    found = recognise(module) or recognise_experts(module) or recognise_attention(module) if names else None
     if isinstance(found, str):
         return Row(name, old, why=found), None
     if found is None and "gemm" in names:

@@ -19,12 +19,13 @@ EXPECTED = {                                                          # kernels 
     "mixtral": {"rms_norm": 5, "rope": 2, "expert_mlp": 2, "cross_entropy": 1},
     "qwen3_moe": {"rms_norm": 9, "rope": 2, "expert_mlp": 2, "cross_entropy": 1},
     "olmoe": {"rms_norm": 9, "rope": 2, "expert_mlp": 2, "cross_entropy": 1},
-    "gpt_oss": {"rms_norm": 5, "cross_entropy": 1},                   # its experts have biases, clamps and a gate of their own
+    "gpt_oss": {"rms_norm": 5, "clamped_swiglu": 2, "cross_entropy": 1},
     "deepseek_v3": {"rms_norm": 9, "rope": 2, "swiglu": 2, "expert_mlp": 1, "cross_entropy": 1},
 }
 if not STACKED:                                                       # before 5 experts are modules, one by one
     for kernels in EXPECTED.values():                                 # and most attention's forward is decorated: not looked through
         kernels.pop("rope", None)
+    EXPECTED["gpt_oss"].pop("clamped_swiglu")                         # called with the weights of all experts
     EXPECTED["mixtral"].pop("expert_mlp")                             # of three layers with other names
     EXPECTED["qwen3_moe"] = EXPECTED["olmoe"] = {"rms_norm": 9, "swiglu": 8, "cross_entropy": 1}
     EXPECTED["deepseek_v3"] = {"rms_norm": 9, "swiglu": 10, "cross_entropy": 1}
