@@ -31,7 +31,7 @@ __all__ = ["STYLES", "Plan", "Split", "gather", "make_plan", "split_all", "whole
 
 
 def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh, plan: str | Mapping[str, str] | None,
-              strict: bool, sequence_parallel: bool = False) -> Plan:
+              strict: bool, sequence_parallel: bool = False, chunks: int = 1) -> Plan:
     """What to split, checked as a whole. Raises: ValueError with every problem."""
     out, tp = Plan(), mesh.tp
     out.problems += check_experts(mesh)
@@ -39,13 +39,16 @@ def make_plan(model: nn.Module, chosen: list[tuple[str, nn.Module]], mesh: Mesh,
         out.problems.append(f"sequence_parallel=True needs plan='auto', got {plan!r}; what holds tokens is known by structure alone")
     if mesh.pp.size > 1 and plan != "auto":
         out.problems.append(f"mesh.pp of size {mesh.pp.size} needs plan='auto', got {plan!r}; the decoder's layers are found by structure")
+    if chunks < 1 or (chunks > 1 and mesh.pp.size == 1):
+        out.problems.append(f"virtual_pipeline_model_parallel_size needs mesh.pp > 1 and at least 1 stage a rank, got {chunks} and a "
+                            f"pp of {mesh.pp.size}; leave it out")
     if isinstance(plan, Mapping):
         _by_user(out, chosen, plan, tp, strict)
         if mesh.ep.size > 1:
             out.problems.append(f"a plan of your own knows no experts, got mesh.ep of size {mesh.ep.size}; use plan='auto' or ep=1")
     elif plan == "auto":
-        if mesh.pp.size > 1:
-            plan_stages(out, model, chosen, mesh.pp)
+        if mesh.pp.size > 1 and chunks > 0:
+            plan_stages(out, model, chosen, mesh.pp, chunks)
         if (tp.size > 1 or mesh.ep.size > 1) and not out.problems:
             _by_structure(out, model, chosen, mesh)
             spread = any(s.style == "experts" for _, s in out.splits.values()) or any("_interlace_spread" in vars(m) for _, m in chosen)

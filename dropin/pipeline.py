@@ -1,4 +1,5 @@
-"""Pipeline parallelism of a foreign decoder: its list of layers is cut into stages, one a rank of pp, and everything else is on all.
+"""Pipeline parallelism of a foreign decoder: its list of layers is cut into stages, one or several (virtual stages: stage s on rank
+s % p) a rank of pp, and everything else is on all.
 
     embedding -> h [B, S, D], equal on all ranks                       backward: dh is broadcast from the first stage
     layers of stage 0 -> send | recv -> layers of stage 1 -> send | recv -> ...     micro-batch by micro-batch, GPipe's order
@@ -7,7 +8,8 @@
 The model's own loop calls the layers: those of other stages hand h on, those of this one note their arguments, and the last of them
 runs all, a micro-batch after the other, while the next stage works on the one before. Autograd walks the same way back. Layers of other
 stages hold no weights. The bubble is (p - 1) / (m + p - 1) of a step, with m = min(B, 4 p) micro-batches. 1F1B, which begins backwards
-before all forwards are done, is pipeline_step: scheduled.py.
+before all forwards are done, is pipeline_step: scheduled.py. With several stages a rank the model's own call runs one micro-batch through
+all stages after the other: right, but without overlap; pipeline_step interleaves them.
 """
 from __future__ import annotations
 
@@ -31,8 +33,9 @@ __all__ = ["EndOfStage", "Passing", "Stages", "cut_stages", "of_stage", "plan_st
 
 @dataclass
 class Passing:
-    """One micro-batch on its way through this rank's stage. arrived: what the stage before sent, None on the first."""
+    """One micro-batch on its way through a stage of this rank. arrived: what the stage before sent, None on the first."""
     arrived: Tensor | None
+    stage: int = 0
     probe: bool = False                                               # end before the first layer, with what enters it
 
 
@@ -42,19 +45,30 @@ class EndOfStage(Exception):
 
 @dataclass
 class Stages:
-    """The cut of one model. owner: stage of each layer; calls: (layer, args, kwargs) of this rank's layers in the forward that runs."""
+    """The cut of one model. stage: of each layer, which rank stage % pp holds; calls: stage -> (layer, args, kwargs) of this rank's
+    layers in the forward that runs."""
     pp: Axis
     layers: nn.ModuleList
-    owner: list[int]
-    calls: list[tuple[Any, tuple, dict[str, Any]]] = field(default_factory=list)
+    stage: list[int]
+    calls: dict[int, list[tuple[Any, tuple, dict[str, Any]]]] = field(default_factory=dict)
     away: dict[Any, tuple[torch.Size, bool]] = field(default_factory=dict)   # parameters of other stages: shape, requires_grad
     places: dict[Any, int] = field(default_factory=dict)              # parameter of a layer -> that layer
     passing: Passing | None = None                                    # of the micro-batch that scheduled.py runs
     pipelines: dict[Any, Any] = field(default_factory=dict)           # its schedules, by the shapes of a batch
 
     @property
-    def mine(self) -> list[int]:
-        return [i for i, s in enumerate(self.owner) if s == self.pp.rank]
+    def owner(self) -> list[int]:
+        """The rank of each layer."""
+        return [s % self.pp.size for s in self.stage]
+
+    @property
+    def mine(self) -> list[list[nn.Module]]:
+        """The layers of each of this rank's stages."""
+        return [[layer for layer, s in zip(self.layers, self.stage) if s == n] for n in range(self.pp.rank, self.count, self.pp.size)]
+
+    @property
+    def count(self) -> int:
+        return self.stage[-1] + 1
 
 
 def _broadcast(x: Tensor, stage: int, pp: Axis) -> Tensor:
@@ -107,31 +121,29 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, pp):
         ctx.pp, ctx.shape = pp, y.shape
-        dist.send(y.contiguous(), pp.ranks[pp.rank + 1], group=pp.group)
+        dist.send(y.contiguous(), pp.ranks[(pp.rank + 1) % pp.size], group=pp.group)
         return y.new_zeros(1)
 
     @staticmethod
     @once("pipeline")
     def backward(ctx, token):
         dy = token.new_empty(ctx.shape)
-        dist.recv(dy, ctx.pp.ranks[ctx.pp.rank + 1], group=ctx.pp.group)
+        dist.recv(dy, ctx.pp.ranks[(ctx.pp.rank + 1) % ctx.pp.size], group=ctx.pp.group)
         return dy, None
 
 
 class _Leave(torch.autograd.Function):
-    """The last stage's outputs, joined, on every rank. parts: those outputs there, tokens of `_Send` elsewhere."""
+    """The last stage's output on every rank. out: that output there; tokens: of `_Send`."""
 
     @staticmethod
-    def forward(ctx, shape, pp, *parts):
-        last = pp.rank == pp.size - 1
-        ctx.sizes, ctx.last = [len(p) for p in parts], last
-        out = torch.cat(parts) if last else parts[0].new_empty(shape)
-        return _broadcast(out, pp.size - 1, pp)
+    def forward(ctx, shape, pp, out, *tokens):
+        ctx.last, ctx.tokens = out is not None, len(tokens)
+        return _broadcast(tokens[0].new_empty(shape) if out is None else out, pp.size - 1, pp)
 
     @staticmethod
     @once("pipeline")
     def backward(ctx, dy):
-        return None, None, *(dy.split(ctx.sizes) if ctx.last else [dy.new_zeros(n) for n in ctx.sizes])
+        return None, None, dy if ctx.last else None, *(dy.new_zeros(1) for _ in range(ctx.tokens))
 
 
 # ---- layers ------------------------------------------------------------------------------------------------------
@@ -154,39 +166,42 @@ class StagedLayer:
                 hidden_states = hidden_states.detach().requires_grad_()
             hidden_states = _Enter.apply(hidden_states, held.pp)
         if held.owner[i] == held.pp.rank:
-            held.calls.append((super(), args, kwargs))
-        if i + 1 < len(held.owner):
+            held.calls.setdefault(held.stage[i], []).append((super(), args, kwargs))
+        if i + 1 < len(held.stage):
             return hidden_states
-        calls, held.calls = held.calls, []
-        return _run(calls, hidden_states, held.pp)
+        calls, held.calls = held.calls, {}
+        return _run(calls, held.count - 1, hidden_states, held.pp)
 
     def _pass(self, h: Tensor, on: Passing, *args: Any, **kwargs: Any) -> Tensor:
         """This layer for the one micro-batch that is on its way."""
-        held, i = self._interlace_stages, self._interlace_place
+        stage, i = self._interlace_stages.stage, self._interlace_place
         if on.probe:
             raise EndOfStage(h)
-        if i not in held.mine:
+        if stage[i] != on.stage:
             return h
-        if i == held.mine[0]:
+        if i == 0 or stage[i - 1] != on.stage:
             h = on.arrived if on.arrived is not None else h if h.requires_grad else h.detach().requires_grad_()
         out = super().forward(h, *args, **kwargs)                     # type: ignore[misc]
         h = out[0] if isinstance(out, tuple) else out
-        if i == held.mine[-1] and i + 1 < len(held.owner):
+        if i + 1 < len(stage) and stage[i + 1] != on.stage:
             raise EndOfStage(h)
         return h
 
 
-def _run(calls: list[tuple[Any, tuple, dict[str, Any]]], h: Tensor, pp: Axis) -> Tensor:
-    """This rank's layers over every micro-batch, then the last stage's result."""
-    count, parts, at = min(len(h), 4 * pp.size), [], 0
-    for x in h.chunk(count):
-        part = slice(at, at + len(x))
-        x, at = x if pp.rank == 0 else _Receive.apply(x, pp), at + len(x)
-        for layer, args, kwargs in calls:
-            out = layer.forward(x, *rows(args, part, len(h)), **rows(kwargs, part, len(h)))
-            x = out[0] if isinstance(out, tuple) else out
-        parts.append(x if pp.rank == pp.size - 1 else _Send.apply(x, pp))
-    return _Leave.apply(h.shape, pp, *parts)
+def _run(calls: dict[int, list[tuple[Any, tuple, dict[str, Any]]]], last: int, h: Tensor, pp: Axis) -> Tensor:
+    """This rank's stages over every micro-batch, then the last stage's result."""
+    outs: list[Tensor] = []
+    tokens: list[Tensor] = []
+    at = 0
+    for entered in h.chunk(min(len(h), 4 * pp.size)):
+        part, at = slice(at, at + len(entered)), at + len(entered)
+        for stage, layers in calls.items():
+            x = entered if stage == 0 else _Receive.apply(entered, pp)
+            for layer, args, kwargs in layers:
+                out = layer.forward(x, *rows(args, part, len(h)), **rows(kwargs, part, len(h)))
+                x = out[0] if isinstance(out, tuple) else out
+            (outs if stage == last else tokens).append(x if stage == last else _Send.apply(x, pp))
+    return _Leave.apply(h.shape, pp, torch.cat(outs) if outs else None, *tokens)
 
 
 def rows(value: Any, part: slice, batch: int) -> Any:
@@ -209,8 +224,8 @@ def _check_call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 # ---- in place, and back ------------------------------------------------------------------------------------------
 
 
-def plan_stages(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Module]], pp: Axis) -> None:
-    """Find the list of decoder layers and cut it evenly, or add to the plan's problems why not."""
+def plan_stages(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Module]], pp: Axis, chunks: int) -> None:
+    """Find the list of decoder layers and cut it evenly into `chunks` stages a rank, or add to the plan's problems why not."""
     if any("_interlace_stages" in vars(m) for _, m in chosen):
         return                                                        # replaced before
     found = [(n, m) for n, m in chosen if isinstance(m, nn.ModuleList) and _is_decoder(m)]
@@ -218,10 +233,12 @@ def plan_stages(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Module]]
         out.problems.append(f"mesh.pp needs one list of decoder layers that return a tensor, got {len(found)}; use pp=1")
         return
     name, layers = found[0]
-    if len(layers) < pp.size:
-        out.problems.append(f"{name}: its {len(layers)} layers must be at least one for each of pp={pp.size} stages; use a smaller pp")
+    stages = pp.size * chunks
+    if len(layers) < stages:
+        cut = f"pp={pp.size}" + (f" times vpp={chunks}" if chunks > 1 else "")
+        out.problems.append(f"{name}: its {len(layers)} layers must be at least one for each of {cut} stages; use a smaller pp")
         return
-    out.stages = Stages(pp, layers, [i * pp.size // len(layers) for i in range(len(layers))])
+    out.stages = Stages(pp, layers, [i * stages // len(layers) for i in range(len(layers))])
     decoder = name.rpartition(".")[0]
     out.splits[decoder] = model.get_submodule(decoder), Split("stages", watch=partial(refuse_records, "pipeline stages"))
 

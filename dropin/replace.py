@@ -43,7 +43,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str, str] | None = "auto",
              kernels: str | Collection[str] = "auto", only: Iterable[str] | str | None = None, skip: Iterable[str] | str = (),
              strict: bool = False, dry_run: bool = False, sequence_parallel: bool = False,
-             gather_logits: bool = True) -> Report:
+             gather_logits: bool = True, virtual_pipeline_model_parallel_size: int = 1) -> Report:
     """Put fused kernels and parallel layers into `model`, in place. A second call changes nothing.
 
     Args:
@@ -56,6 +56,7 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
         strict: raise where a pattern matches nothing, or a candidate has to be left as it is. dry_run: report only.
         sequence_parallel: between the decoder's layers each rank of tp holds its part of the tokens (plan="auto").
         gather_logits: False: in training with labels the logits stay this rank's columns of the vocabulary, and so does `out.logits`.
+        virtual_pipeline_model_parallel_size: stages a rank of pp, for pipeline_step's interleaved schedule.
     Returns: Report. Raises: ValueError for a model partly on meta, wrapped (DDP, FSDP, torch.compile), of mixed dtypes, with one module in
     two places, for patterns that match nothing, for what tp does not divide; the model is then as it was.
     """
@@ -67,7 +68,7 @@ def replace_(model: nn.Module, mesh: Mesh | None = None, plan: str | Mapping[str
     _check_model(model, chosen)
     mesh = check_mesh(Mesh() if mesh is None else mesh)
     names = _without_products(chosen, names, mesh)
-    layers = make_plan(model, chosen, mesh, plan, strict, sequence_parallel)
+    layers = make_plan(model, chosen, mesh, plan, strict, sequence_parallel, virtual_pipeline_model_parallel_size)
     loss, loss_row = _look_at_loss(model, names, only, skip)
     if not gather_logits:
         loss = split_logits(layers, model, loss, mesh.tp)
@@ -242,7 +243,7 @@ def _sharding(name: str, module: nn.Module, row: Row | None, layers: _Plan) -> R
         old = row or Row(name, type(module).__name__)
         return replace(old, why=f"{old.why}; {layers.left[name]}" if old.why else layers.left[name])
     if layers.stages is not None and any(module is layer for layer in layers.stages.layers):
-        stage = layers.stages.owner[list(layers.stages.layers).index(module)]
+        stage = layers.stages.stage[list(layers.stages.layers).index(module)]
         return replace(row or Row(name, type(module).__name__), new=type(module).__name__, sharding=f"stage {stage}")
     if name not in layers.splits or layers.splits[name][1].watch is not None:
         return row

@@ -1,5 +1,5 @@
 """A training step of a model cut into pipeline stages, by a schedule of torch.distributed.pipelining: 1F1B keeps p - r micro-batches on
-rank r, where the model's own call (GPipe) keeps all.
+rank r, where the model's own call (GPipe) keeps all. With several stages a rank it is the interleaved 1F1B.
 
     loss = interlace.pipeline_step(model, batch, microbatches=8)      # forward and backward; p.grad is added to, as by loss.backward()
     optimizer.step()
@@ -31,34 +31,39 @@ from .pipeline import EndOfStage, Passing, Stages, rows
 
 __all__ = ["pipeline_step"]
 
-SCHEDULES = ("1f1b", "gpipe")
+SCHEDULES = ("1f1b", "gpipe", "interleaved_1f1b")
 
 
-def pipeline_step(model: nn.Module, batch: Mapping[str, Any], *, microbatches: int | None = None, schedule: str = "1f1b") -> Tensor:
+def pipeline_step(model: nn.Module, batch: Mapping[str, Any], *, microbatches: int | None = None, schedule: str | None = None) -> Tensor:
     """Forward and backward of one batch over the stages of `model`. Collective over pp (and over tp and ep within a stage).
 
     Args:
         model: cut by replace_ over a mesh with pp > 1, or interlace's DistributedDataParallel of one (call its finish() afterwards).
         batch: keyword arguments of the model's forward, with input_ids [B, S] and labels; use_cache is False unless given.
-        microbatches: must divide B; default: the largest divisor of B up to 4 pp. schedule: "1f1b" or "gpipe".
+        microbatches: must divide B; default: the largest divisor of B up to 4 pp. With several stages a rank also a multiple of pp.
+        schedule: "1f1b" (default) or "gpipe"; with several stages a rank "interleaved_1f1b".
     Returns: the loss of the whole batch, 0-d, on every rank. Raises: ValueError; nothing has run then.
     """
     ddp, whole = (model, model.module) if isinstance(model, DistributedDataParallel) else (None, model)
     stages: Stages | None = getattr(whole, "_interlace_stages_of", None)
     count, many = _check(whole, stages, batch, microbatches, schedule)
     assert stages is not None
+    schedule = _schedule(stages, schedule)
     batch = {"use_cache": False, **batch}
     if "num_items_in_batch" not in batch:
         batch["num_items_in_batch"] = (batch["labels"][..., 1:] != -100).sum().clamp(min=1)
     if ddp is not None:
         ddp.ready()
-    stage = _Stage(whole, stages, batch, count // many, count)
-    pipeline = _pipeline(stage, stages, batch, many, schedule)
+    pipeline = _pipeline(whole, stages, batch, count, many, schedule)
     with _outside(whole, stages, ddp):
-        return pipeline.step(batch["input_ids"], batch["labels"], torch.arange(many) * stage.rows)
+        return pipeline.step(batch["input_ids"], batch["labels"], torch.arange(many) * (count // many))
 
 
-def _check(model: Any, stages: Stages | None, batch: Mapping[str, Any], many: int | None, schedule: str) -> tuple[int, int]:
+def _schedule(stages: Stages, given: str | None) -> str:
+    return given or ("1f1b" if stages.count == stages.pp.size else "interleaved_1f1b")
+
+
+def _check(model: Any, stages: Stages | None, batch: Mapping[str, Any], many: int | None, given: str | None) -> tuple[int, int]:
     """(B, micro-batches)"""
     if stages is None:
         raise ValueError(f"pipeline_step: model must be cut into stages, got {type(model).__name__} without; call replace_ over a mesh "
@@ -66,14 +71,20 @@ def _check(model: Any, stages: Stages | None, batch: Mapping[str, Any], many: in
     problems = [f"batch must have {k!r}, got {', '.join(map(repr, batch)) or 'nothing'}" for k in ("input_ids", "labels")
                 if not torch.is_tensor(batch.get(k))]
     raise_problems("pipeline_step", problems)
-    count = len(batch["input_ids"])
-    legal = [m for m in range(1, count + 1) if count % m == 0]
+    count, schedule = len(batch["input_ids"]), _schedule(stages, given)
+    several = stages.count > stages.pp.size
+    legal = [m for m in range(1, count + 1) if count % m == 0 and not (several and m % stages.pp.size)]
+    if not legal:
+        problems.append(f"the batch must have a multiple of pp={stages.pp.size} samples under {schedule}, got {count}")
+        raise_problems("pipeline_step", problems)
     if many is None:
         many = max(m for m in legal if m <= 4 * stages.pp.size)
     if many not in legal:
         problems.append(f"microbatches must divide the {count} samples of the batch, got {many}; use one of {legal}")
-    if schedule not in SCHEDULES:
-        problems.append(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    fitting = [s for s in SCHEDULES if s.startswith("interleaved") == several]
+    if schedule not in fitting:
+        problems.append(f"schedule must be one of {', '.join(fitting)} with {stages.count // stages.pp.size} stages a rank, "
+                        f"got {schedule!r}")
     loss = getattr(model, "loss_function", None)
     takes = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model).forward).parameters.values())
     if not (takes and (isinstance(loss, CausalLoss) or isinstance(recognise_loss(model), CausalLoss))):
@@ -84,12 +95,13 @@ def _check(model: Any, stages: Stages | None, batch: Mapping[str, Any], many: in
 
 
 class _Stage(nn.Module):
-    """This rank's stage as torch's schedules call it: the micro-batch that begins at `first_sample`, h -> h, or the loss, [1]."""
+    """A stage of this rank as torch's schedules call it: the micro-batch that begins at `first_sample`, h -> h, or the loss, [1]."""
 
     loss_scale = 1.0
 
-    def __init__(self, model: Any, stages: Stages, batch: dict[str, Any], rows: int, count: int):
+    def __init__(self, model: Any, stages: Stages, batch: dict[str, Any], rows: int, count: int, number: int):
         super().__init__()
+        self.number = number
         self.model, self.stages, self.batch, self.rows, self.count = model, stages, batch, rows, count
 
     def defer(self, deferred: Any) -> None:
@@ -107,25 +119,27 @@ class _Stage(nn.Module):
             self.stages.passing = None
 
     def forward(self, x: Tensor, *, labels: Tensor, first_sample: Tensor) -> Tensor:
-        out: Tensor = self.run(int(first_sample), Passing(None if self.stages.pp.rank == 0 else x))
-        if self.stages.pp.rank < self.stages.pp.size - 1:
+        out: Tensor = self.run(int(first_sample), Passing(x if self.number else None, self.number))
+        if self.number < self.stages.count - 1:
             return out.contiguous()
         return out.to(torch.promote_types(out.dtype, torch.float32)).view(1)
 
 
-def _pipeline(stage: _Stage, stages: Stages, batch: dict[str, Any], many: int, schedule: str) -> Pipeline:
+def _pipeline(model: nn.Module, stages: Stages, batch: dict[str, Any], count: int, many: int, schedule: str) -> Pipeline:
     """torch's schedule for batches of these shapes, kept on the model's Stages."""
-    ids, h = batch["input_ids"], None
+    ids = batch["input_ids"]
     key = schedule, many, tuple(ids.shape), torch.is_autocast_enabled(ids.device.type)
     if key not in stages.pipelines:
+        made = {n: _Stage(model, stages, batch, count // many, count, n) for n in range(stages.pp.rank, stages.count, stages.pp.size)}
         with torch.no_grad():
-            h = stage.run(0, Passing(None, probe=True))               # what enters the first layer
+            h = made[stages.pp.rank].run(0, Passing(None, probe=True))   # what enters the first layer
         wide = torch.promote_types(h.dtype, torch.float32)
         stages.pipelines[key] = Pipeline(
-            {stages.pp.rank: stage}, stages.pp, num_stages=stages.pp.size, schedule=schedule, microbatches=many,
-            ids_shape=(stage.rows, *ids.shape[1:]), shape=tuple(h.shape), dtype=h.dtype, loss_dtype=wide, device=h.device), stage
+            dict(made), stages.pp, num_stages=stages.count, schedule=schedule, microbatches=many,
+            ids_shape=(count // many, *ids.shape[1:]), shape=tuple(h.shape), dtype=h.dtype, loss_dtype=wide, device=h.device), made
     pipeline, made = stages.pipelines[key]
-    made.batch = batch
+    for stage in made.values():
+        stage.batch = batch
     return pipeline
 
 

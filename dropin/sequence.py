@@ -119,11 +119,11 @@ def split_sequence(out: Plan, model: nn.Module, chosen: list[tuple[str, nn.Modul
                 _over_tokens(out, names[id(m)], m, found[1], region, silent)
             elif FORWARD & {n for n, c in m.named_children() if names.get(id(c)) in out.splits}:
                 out.splits[names[id(m)]] = m, Split("sequence", wraps=(Gathering,), attributes={"_interlace_region": region})
-    mine = list(layers) if out.stages is None else [layers[i] for i in out.stages.mine]   # messages between stages hold all tokens
-    wraps: dict[int, tuple[type, ...]] = {id(mine[0]): (ScatteredLayer,)}
-    wraps[id(mine[-1])] = (*wraps.get(id(mine[-1]), ()), JoinedLayer)
-    for layer in (mine[0], mine[-1]):
-        out.splits[names[id(layer)]] = layer, Split("sequence", wraps=wraps[id(layer)], attributes={"_interlace_region": region})
+    for mine in [list(layers)] if out.stages is None else out.stages.mine:   # messages between stages hold all tokens
+        wraps: dict[int, tuple[type, ...]] = {id(mine[0]): (ScatteredLayer,)}
+        wraps[id(mine[-1])] = (*wraps.get(id(mine[-1]), ()), JoinedLayer)
+        for layer in (mine[0], mine[-1]):
+            out.splits[names[id(layer)]] = layer, Split("sequence", wraps=wraps[id(layer)], attributes={"_interlace_region": region})
     _sum_the_rest(out, layers)
     decoder = names[id(layers)].rpartition(".")[0]
     out.splits[decoder] = model.get_submodule(decoder), Split("sequence", watch=partial(refuse_records, "sequence_parallel"))

@@ -29,18 +29,19 @@ def gathered(model, m):
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
-def _equal(rank, world, tp, pp, ep, sp, name, batch, more):
+def _equal(rank, world, tp, pp, ep, sp, name, batch, more, vpp=1):
     m, model, data = mesh(world, tp, pp, ep), make(name, **more), sample(batch)
     bits, classes = {n: v.clone() for n, v in model.state_dict().items()}, [type(x) for x in model.modules()]
     want = step(model, data)
     norm = torch.linalg.vector_norm(torch.cat([g.flatten() for n, g in want.items() if n not in ("logits", "loss")]))
     model.zero_grad()
-    report = interlace.replace_(model, m, sequence_parallel=sp)
+    how = {"sequence_parallel": sp, "virtual_pipeline_model_parallel_size": vpp}
+    report = interlace.replace_(model, m, **how)
     held = sum(p.numel() > 0 for p in model.parameters())
-    assert held < len(want) - 2 and {r.sharding for r in report.replaced} >= {f"stage {i}" for i in range(pp)}
+    assert held < len(want) - 2 and {r.sharding for r in report.replaced} >= {f"stage {i}" for i in range(pp * vpp)}
     got = step(model, data)
     torch.testing.assert_close(grad_norm(model, m), norm, rtol=1e-9, atol=0)
-    assert not interlace.replace_(model, m, sequence_parallel=sp).replaced
+    assert not interlace.replace_(model, m, **how).replaced
     close({"logits": got["logits"], "loss": got["loss"]} | gathered(model, m), want)
     assert [type(x) for x in model.modules()] == classes and all(torch.equal(v, bits[n]) for n, v in model.state_dict().items())
     model.zero_grad()
@@ -95,14 +96,14 @@ def test_training():
 # ---- one forward, one backward -----------------------------------------------------------------------------------
 
 
-def _scheduled(rank, world, tp, pp, ep, sp, name, many, schedule, more):
+def _scheduled(rank, world, tp, pp, ep, sp, name, many, schedule, more, vpp=1):
     """Twice, so that gradients add up; labels to leave out, unlike in number; how many micro-batches are alive at once."""
     from interlace.dropin import scheduled
     m, model, data, alive, most = mesh(world, tp, pp, ep), make(name, **more), sample(4), [0], [0]
     data["labels"] = data["labels"].masked_fill(torch.arange(9) > torch.tensor([[8], [2], [5], [8]]), -100)
     want = step(model, data)
     model.zero_grad()
-    interlace.replace_(model, m, sequence_parallel=sp)
+    interlace.replace_(model, m, sequence_parallel=sp, virtual_pipeline_model_parallel_size=vpp)
     forward = scheduled._Stage.forward
 
     def counted(self, *args, **kwargs):
@@ -117,7 +118,7 @@ def _scheduled(rank, world, tp, pp, ep, sp, name, many, schedule, more):
             losses = [interlace.pipeline_step(model, data, microbatches=many, schedule=schedule) for _ in range(2)]
     finally:
         scheduled._Stage.forward = forward
-    assert most[0] == (many if schedule == "gpipe" else min(many, pp - m.pp.rank)), most
+    assert vpp > 1 or most[0] == (many if schedule == "gpipe" else min(many, pp - m.pp.rank)), most
     for loss in losses:
         torch.testing.assert_close(loss, want["loss"], rtol=1e-12, atol=0)
     close({"loss": loss} | gathered(model, m), {n: v if n == "loss" else 2 * v for n, v in want.items() if n != "logits"})
@@ -133,14 +134,31 @@ def test_1f1b_equals_stock(world, tp, pp, ep, sp, name, many, schedule, more):
     run(world, _scheduled, world, tp, pp, ep, sp, name, many, schedule, more)
 
 
+FOUR, SLIDING = {"num_hidden_layers": 4}, {"layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize("world, tp, sp, name, batch, more", [
+    (2, 1, False, "qwen2", 3, FOUR), (2, 1, False, "gpt_oss", 4, FOUR | SLIDING), (4, 2, True, "llama", 2, {"num_hidden_layers": 5})])
+def test_virtual_stages_equal_stock(world, tp, sp, name, batch, more):
+    """Two stages a rank; Qwen2's table is tied, on all ranks. The model's own call, and the interleaved schedule."""
+    run(world, _equal, world, tp, 2, 1, sp, name, batch, more, 2)
+    run(world, _scheduled, world, tp, 2, 1, sp, name, 4, "interleaved_1f1b", more, 2)
+
+
 def _scheduled_refusals(rank):
-    m, model = mesh(2, 1, 2), make("llama")
+    m, model = mesh(2, 1, 2), make("llama", num_hidden_layers=4)
     with pytest.raises(ValueError, match="must be cut into stages, got LlamaForCausalLM without; call replace_"):
         interlace.pipeline_step(model, sample(4))
+    interlace.replace_(model, m, virtual_pipeline_model_parallel_size=2)
+    with pytest.raises(ValueError, match=r"under interleaved_1f1b, got 3"):
+        interlace.pipeline_step(model, sample(3))
+    with pytest.raises(ValueError, match=r"got 1; use one of \[2, 4\](.|\n)*one of interleaved_1f1b with 2 stages a rank, got '1f1b'"):
+        interlace.pipeline_step(model, sample(4), microbatches=1, schedule="1f1b")
+    interlace.restore_(model)
     interlace.replace_(model, m)
     with pytest.raises(ValueError, match=r"must divide the 4 samples of the batch, got 3; use one of \[1, 2, 4\]"):
         interlace.pipeline_step(model, sample(4), microbatches=3)
-    with pytest.raises(ValueError, match="schedule must be one of 1f1b, gpipe, got 'zbv'"):
+    with pytest.raises(ValueError, match="schedule must be one of 1f1b, gpipe with 1 stages a rank, got 'zbv'"):
         interlace.pipeline_step(model, sample(4), schedule="zbv")
     with pytest.raises(ValueError, match="batch must have 'labels', got 'input_ids'"):
         interlace.pipeline_step(model, {"input_ids": sample(4)["input_ids"]})
@@ -228,6 +246,10 @@ def test_refusals():
     two = Mesh(pp=interlace.Axis("pp", 2))
     with pytest.raises(ValueError, match=r"3 layers must be at least one for each of pp=4"):
         interlace.replace_(make("llama", num_hidden_layers=3), Mesh(pp=interlace.Axis("pp", 4)))
+    with pytest.raises(ValueError, match=r"3 layers must be at least one for each of pp=2 times vpp=2 stages"):
+        interlace.replace_(make("llama", num_hidden_layers=3), two, virtual_pipeline_model_parallel_size=2)
+    with pytest.raises(ValueError, match=r"virtual_pipeline_model_parallel_size needs mesh\.pp > 1"):
+        interlace.replace_(make("llama"), virtual_pipeline_model_parallel_size=2)
     with pytest.raises(ValueError, match="needs one list of decoder layers"):
         interlace.replace_(torch.nn.Sequential(torch.nn.Linear(2, 2)), two)
     with pytest.raises(ValueError, match="needs plan='auto'"):
