@@ -1,6 +1,6 @@
 """Tiny Hugging Face models with random weights, made from configs: nothing is downloaded."""
 import copy
-import importlib
+import importlib.util
 
 import torch
 import transformers
@@ -32,10 +32,45 @@ MODELS = {                                                            # name -> 
         "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}),
 }
 
+# Nobody named these anywhere: found by structure alone.
+OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+GROUPED = MOE | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+FALCON = SMALL | {"ffn_hidden_size": 48, "eos_token_id": 2}
+OTHERS = {                                                            # folder, maybe -what -> (class prefix, config)
+    "arcee": ("Arcee", SMALL), "cohere2": ("Cohere2", SMALL | {"sliding_window": 4}), "gemma": ("Gemma", SMALL | {"head_dim": 16}),
+    "deepseek_v2": ("DeepseekV2", MODELS["deepseek_v3"][2] | {"topk_method": "greedy"}), "glm4": ("Glm4", SMALL | {"head_dim": 8}),
+    "granite": ("Granite", SMALL), "granitemoe": ("GraniteMoe", SMALL | {"num_local_experts": 4}),
+    "minimax_m2": ("MiniMaxM2", MOE | {"head_dim": 8, "num_local_experts": 4}), "nemotron": ("Nemotron", SMALL),
+    "olmo": ("Olmo", SMALL), "olmo2": ("Olmo2", SMALL), "phi": ("Phi", SMALL),
+    "qwen2_moe": ("Qwen2Moe", MOE | {"shared_expert_intermediate_size": 24}), "seed_oss": ("SeedOss", SMALL | {"head_dim": 8}),
+    "smollm3": ("SmolLM3", SMALL), "stablelm": ("StableLm", SMALL), "starcoder2": ("Starcoder2", SMALL),
+    # q, k and v in one layer, side by side head by head, or in groups, or [q | k | v]; alibi; attention and MLP side by side
+    "gpt_neox": ("GPTNeoX", SMALL), "gptj": ("GPTJ", OLD | {"n_inner": 48, "rotary_dim": 4}),
+    "falcon": ("Falcon", FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon-7b": ("Falcon", FALCON | {"multi_query": True, "new_decoder_architecture": False}),
+    "falcon-rw": ("Falcon", FALCON | {"multi_query": False, "new_decoder_architecture": False, "alibi": True, "parallel_attn": False}),
+    "bloom": ("Bloom", OLD | {"hidden_size": 32, "n_layer": 2}), "gpt_bigcode": ("GPTBigCode", OLD | {"n_inner": 48}),
+    "gpt_bigcode-mha": ("GPTBigCode", OLD | {"n_inner": 48, "multi_query": False}),
+    "cohere": ("Cohere", SMALL), "cwm": ("Cwm", SMALL | SLIDING | {"head_dim": 8}), "ernie4_5": ("Ernie4_5", SMALL),
+    "ernie4_5_moe": ("Ernie4_5_Moe", SMALL | {"moe_intermediate_size": 24, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}),
+    "exaone4": ("Exaone4", SMALL | SLIDING | {"head_dim": 8}),
+    "flex_olmo": ("FlexOlmo", SMALL | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "glm4_moe": ("Glm4Moe", GROUPED | {"head_dim": 8}), "dots1": ("Dots1", GROUPED), "helium": ("Helium", SMALL | {"head_dim": 8}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", SMALL | {"head_dim": 8}), "olmo3": ("Olmo3", SMALL | SLIDING), "persimmon": ("Persimmon", SMALL),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", SMALL | {"head_dim": 8, "num_experts": 4, "moe_topk": 2}),
+    "phimoe": ("Phimoe", SMALL | {"num_local_experts": 4}),
+}
+
+
+def there(name):
+    """Whether this transformers has it."""
+    return importlib.util.find_spec(f"transformers.models.{name.split('-')[0]}") is not None
+
 
 def make(name, dtype=torch.float64, **more):
     """The same weights in every process; norms and biases are random too, so that a wrong formula shows."""
-    folder, prefix, small = MODELS[name]
+    folder, prefix, small = MODELS.get(name) or (name.split("-")[0], *OTHERS[name])
     config = importlib.import_module(f"transformers.models.{folder}.configuration_{folder}")
     modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     torch.manual_seed(0)

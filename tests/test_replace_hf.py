@@ -6,7 +6,7 @@ import interlace
 from interlace.dropin import product
 
 transformers = pytest.importorskip("transformers")
-from hf import MODELS, STACKED, KeepFloat64, close, make, sample, step, twin  # noqa: E402
+from hf import MODELS, OTHERS, STACKED, KeepFloat64, close, make, sample, step, there, twin  # noqa: E402
 
 EXPECTED = {                                                          # kernels that must run, and how many modules each
     "llama": {"rms_norm": 5, "rope": 2, "swiglu": 2, "cross_entropy": 1},
@@ -44,6 +44,26 @@ def test_equals_stock_in_float64(name):
     interlace.restore_(model)
     assert [type(m) for m in model.modules()] == classes and all(torch.equal(v, bits[n]) for n, v in model.state_dict().items())
     close(step(model, batch), want, 0)
+
+
+QUICK = ("cohere", "ernie4_5_moe", "exaone4", "glm4_moe", "granitemoe", "olmo3", "phimoe", "qwen2_moe", "starcoder2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in OTHERS if there(n)])
+def test_others_equal_stock(name, tmp_path):
+    """Of no name in the package: float64, verify, generate with a cache, files, and the way back."""
+    model, batch, ids = make(name), sample(), sample(2, 5)["input_ids"]
+    words = lambda m: m.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)  # noqa: E731
+    bits, classes = {n: v.clone() for n, v in model.state_dict().items()}, [type(m) for m in model.modules()]
+    want, said = step(model, batch), words(model)
+    kernels = {r.kernel.split()[0] for r in interlace.replace_(model, skip=["*.gelu_impl"] if name == "bloom" else []).replaced}
+    assert len(kernels) >= 2 and ("expert_mlp" in kernels) == (STACKED and "expert" in "".join(OTHERS[name][1]))
+    close(step(model, batch), want)
+    assert torch.equal(words(model), said) and interlace.verify(model, batch, tolerance=1e-5).ok
+    model.save_pretrained(tmp_path)
+    interlace.restore_(model)
+    assert [type(m) for m in model.modules()] == classes and all(torch.equal(v, bits[n]) for n, v in model.state_dict().items())
+    assert all(torch.equal(v, bits[n]) for n, v in type(model).from_pretrained(tmp_path, dtype=torch.float64).state_dict().items())
 
 
 @pytest.fixture

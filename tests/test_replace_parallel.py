@@ -14,8 +14,7 @@ from interlace.parallel.mesh import Mesh
 from interlace.parallel.sharding import grad_norm, gradient_axis
 
 pytest.importorskip("transformers")
-from hf import MODELS, SMALL, STACKED, KeepFloat64, close, make, sample, step
-from hf import MOE as MIXTURE
+from hf import MODELS, OTHERS, STACKED, KeepFloat64, close, make, sample, step, there
 
 MOE = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
 needs_stacks = pytest.mark.skipif(not STACKED, reason="experts are stacked in one module since transformers 5")
@@ -102,41 +101,21 @@ def test_sweep_equals_stock(name, world, tp, ep, sp):
 
 
 # Nobody named these anywhere: found by structure alone.
-OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
-FALCON = SMALL | {"ffn_hidden_size": 48, "eos_token_id": 2}
-OTHERS = {                                                            # folder -> (class prefix, config)
-    "arcee": ("Arcee", SMALL), "cohere2": ("Cohere2", SMALL | {"sliding_window": 4}), "gemma": ("Gemma", SMALL | {"head_dim": 16}),
-    "deepseek_v2": ("DeepseekV2", MODELS["deepseek_v3"][2] | {"topk_method": "greedy"}), "glm4": ("Glm4", SMALL | {"head_dim": 8}),
-    "granite": ("Granite", SMALL), "granitemoe": ("GraniteMoe", SMALL | {"num_local_experts": 4}),
-    "minimax_m2": ("MiniMaxM2", MIXTURE | {"head_dim": 8, "num_local_experts": 4}), "nemotron": ("Nemotron", SMALL),
-    "olmo": ("Olmo", SMALL), "olmo2": ("Olmo2", SMALL), "phi": ("Phi", SMALL),
-    "qwen2_moe": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 24}), "seed_oss": ("SeedOss", SMALL | {"head_dim": 8}),
-    "smollm3": ("SmolLM3", SMALL), "stablelm": ("StableLm", SMALL), "starcoder2": ("Starcoder2", SMALL),
-    # q, k and v in one layer, side by side head by head, or in groups, or [q | k | v]; alibi; attention and MLP side by side
-    "gpt_neox": ("GPTNeoX", SMALL), "gptj": ("GPTJ", OLD | {"n_inner": 48, "rotary_dim": 4}),
-    "falcon": ("Falcon", FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True}),
-    "falcon-7b": ("Falcon", FALCON | {"multi_query": True, "new_decoder_architecture": False}),
-    "falcon-rw": ("Falcon", FALCON | {"multi_query": False, "new_decoder_architecture": False, "alibi": True, "parallel_attn": False}),
-    "bloom": ("Bloom", OLD | {"hidden_size": 32, "n_layer": 2}), "gpt_bigcode": ("GPTBigCode", OLD | {"n_inner": 48}),
-    "gpt_bigcode-mha": ("GPTBigCode", OLD | {"n_inner": 48, "multi_query": False}),
-}
-
-
 def _other(rank, name, sp):
-    MODELS.setdefault(name, (name.split("-")[0], *OTHERS[name]))
     _equal(rank, 2, 2, 1, sp, name, {}, skip=["*.gelu_impl"] if name == "bloom" else [])   # whose constant has 8 digits
 
 
 @pytest.mark.parametrize("name, sp", [("phi", False), ("starcoder2", True), pytest.param("qwen2_moe", True, marks=needs_stacks),
                                       ("olmo", True), ("gpt_neox", True), ("gptj", False), ("falcon", True), ("falcon-7b", False),
-                                      ("bloom", True), ("gpt_bigcode-mha", False)])
+                                      ("bloom", True), ("gpt_bigcode-mha", False), ("exaone4", False), ("persimmon", True),
+                                      pytest.param("ernie4_5_moe", True, marks=needs_stacks)])
 def test_others_equal_stock(name, sp):
     run(2, _other, name, sp)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, sp", [pytest.param(name, sp, marks=[needs_stacks] if sp and "expert" in "".join(OTHERS[name][1]) else [])
-                                      for name in OTHERS for sp in (False, True)])
+                                      for name in OTHERS if there(name) for sp in (False, True)])
 def test_all_others_equal_stock(name, sp):
     run(2, _other, name, sp)
 
