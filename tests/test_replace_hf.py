@@ -53,13 +53,18 @@ QUICK = ("cohere", "ernie4_5_moe", "exaone4", "glm4_moe", "granitemoe", "olmo3",
 def test_others_equal_stock(name, tmp_path):
     """Of no name in the package: float64, verify, generate with a cache, files, and the way back."""
     model, batch, ids = make(name), sample(), sample(2, 5)["input_ids"]
-    words = lambda m: m.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)  # noqa: E731
+
+    def words(m):
+        with KeepFloat64():
+            return m.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
     bits, classes = {n: v.clone() for n, v in model.state_dict().items()}, [type(m) for m in model.modules()]
     want, said = step(model, batch), words(model)
     kernels = {r.kernel.split()[0] for r in interlace.replace_(model, skip=["*.gelu_impl"] if name == "bloom" else []).replaced}
-    assert len(kernels) >= 2 and ("expert_mlp" in kernels) == (STACKED and "expert" in "".join(OTHERS[name][1]))
+    assert len(kernels) >= (2 if STACKED else 1) and ("expert_mlp" in kernels) == (STACKED and "expert" in "".join(OTHERS[name][1]))
     close(step(model, batch), want)
-    assert torch.equal(words(model), said) and interlace.verify(model, batch, tolerance=1e-5).ok
+    assert torch.equal(words(model), said)
+    with KeepFloat64():
+        assert interlace.verify(model, batch).ok
     model.save_pretrained(tmp_path)
     interlace.restore_(model)
     assert [type(m) for m in model.modules()] == classes and all(torch.equal(v, bits[n]) for n, v in model.state_dict().items())
