@@ -36,7 +36,8 @@ from .split import check_mesh
 
 __all__ = ["replace_", "restore_", "use", "verify"]
 
-KERNELS = ("attention", "clamped_swiglu", "cross_entropy", "expert_mlp", "gated", "gelu", "gemm", "layer_norm", "rms_norm", "rope", "swiglu")
+KERNELS = ("attention", "clamped_swiglu", "cross_entropy", "expert_mlp", "gated", "gelu", "gemm", "layer_norm", "rms_norm", "rope",
+           "swiglu")
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
