@@ -37,6 +37,7 @@ CELLS = {                                                             # how the 
     "`swiglu`": "{quick/swiglu/swiglu/small/torch eager} of `F.silu(gate) * up` on one tensor",
     "`gated`": "silu {quick/gated/gated silu/small/torch eager}, gelu_tanh {quick/gated/gated gelu_tanh/small/torch eager} of "
                "`act(gate) * up`",
+    "`clamped_swiglu`": "{quick/clamped_swiglu/clamped_swiglu/small/torch eager} of the formula in torch",
     "`gelu`": "tanh {quick/gelu/gelu tanh/small/torch eager}, exact {quick/gelu/gelu/small/torch eager} (its forward alone, fp32: "
               "{quick/gelu/gelu/small/torch eager/fwd}) of `F.gelu`",
     "`rope`": "{quick/rope/rope/small/torch eager} of the usual composition",
@@ -73,6 +74,8 @@ CELLS = {                                                             # how the 
                  "{cpu/gemm_ar/gemm_ar/large/torch eager/fwd+bwd/float32}",
     "`rs_residual_norm`": "{quick/rs_residual_norm/rs_residual_rms_norm/small/torch eager}",
     "`dispatch_plan`": "{cpu/dispatch/dispatch/mixtral/torch eager}, {cpu/dispatch/dispatch/fine/torch eager}",
+    "a step of transformers' Llama": "{cpu/replace/replace/llama/torch eager} (vocabulary 32000), "
+                                     "{cpu/replace/replace/llama-small-vocab/torch eager} (8192) of stock",
     "a training step": "{cpu/train_step@1/train_step/gpt/torch eager}",
     "the same, tp=2": "{cpu/train_step/train_step/gpt/torch parallelize_module} / "
                       "{cpu/train_step/train_step sp/gpt/torch parallelize_module}",
