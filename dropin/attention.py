@@ -57,7 +57,7 @@ class Attention(fused.Fused):
         name, forward = rotary_call(original), original.forward
         copied = forward
         if name is not None:
-            world = {**forward.__globals__, name: turning(forward.__globals__[name], lambda: not fused._original)}
+            world = {**forward.__globals__, name: turning(forward.__globals__[name], lambda: not fused.stock())}
             copied = types.FunctionType(forward.__code__, world, forward.__name__, forward.__defaults__, forward.__closure__)
             copied.__kwdefaults__ = forward.__kwdefaults__
 
@@ -66,7 +66,7 @@ class Attention(fused.Fused):
             if torch.compiler.is_compiling():                         # a compiler fuses the original, and cannot guard other globals
                 return forward(self, *args, **kwargs)
             run = copied if "rope" in self._interlace.kernel else forward
-            if "attention" not in self._interlace.kernel or fused._original or not _pays(*args, *kwargs.values()):
+            if "attention" not in self._interlace.kernel or fused.stock() or not _pays(*args, *kwargs.values()):
                 return run(self, *args, **kwargs)
             with Causal():
                 return run(self, *args, **kwargs)

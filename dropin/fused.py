@@ -71,6 +71,11 @@ def use(kernels: str = "auto") -> Iterator[None]:
         _original, dispatch._REFERENCE_ONLY = before
 
 
+def stock() -> bool:
+    """Whether a module's own forward runs: as `use` says, and under torch.func and forward-mode AD."""
+    return _original or dispatch.transformed()
+
+
 def implementation(kernel: str, param: Tensor) -> str:
     """What runs `kernel` over tensors like `param` here: "rms_norm (C++)"."""
     if not dispatch.fused(param):
@@ -122,7 +127,7 @@ def _empty(kind: type, original: type) -> object:
 def _alike(*tensors: Tensor | None) -> bool:
     """One dtype and device: what a kernel needs, and what autocast or a moved module may break."""
     there = [t for t in tensors if t is not None]
-    return not _original and all(t.dtype == there[0].dtype and t.device == there[0].device for t in there)
+    return not stock() and all(t.dtype == there[0].dtype and t.device == there[0].device for t in there)
 
 
 class RMSNorm(Fused):
@@ -147,7 +152,7 @@ class GatedMLP(Fused):
     """down(act(gate) * up) in one pass: act(gate) is neither rounded nor kept. With silu both products come into one buffer for swiglu."""
 
     def forward(self, x):
-        if _original:
+        if stock():
             return super().forward(x)
         act = self._interlace.activation
         if hasattr(self, "gate_up_proj"):
@@ -205,7 +210,7 @@ class CausalLoss:
 
 def _served(logits: Tensor, targets: Tensor, ignore: int) -> bool:
     """Whether the kernel serves; an id outside the vocabulary is left to torch, which raises for it."""
-    if _original or targets.dtype != torch.int64 or targets.dim() != 1 or logits.device != targets.device:
+    if stock() or targets.dtype != torch.int64 or targets.dim() != 1 or logits.device != targets.device:
         return False
     if logits.is_cuda or torch.compiler.is_compiling():
         return True

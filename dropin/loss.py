@@ -48,7 +48,7 @@ class ParallelCausalLoss(CausalLoss):
     def __call__(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
         if not getattr(self.head, "local", False):                    # or the model is whole for a while: verify
             return super().__call__(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
-        if fused._original or kwargs.get("weight") is not None or kwargs.get("label_smoothing"):
+        if fused.stock() or kwargs.get("weight") is not None or kwargs.get("label_smoothing"):
             return self.original(_whole(logits, self.head), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
         targets = targets.reshape(-1).to(logits.device)

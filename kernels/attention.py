@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
-from .dispatch import TILES, define, differentiable
+from .dispatch import TILES, define, differentiable, transformed
 
 # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -66,7 +66,8 @@ _attention = differentiable("attention_fwd", _setup, _backward)
 
 def ours(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """True where our kernel runs, False where torch's does."""
-    return (TILES and not dispatch._REFERENCE_ONLY and q.dtype in (torch.float32, torch.bfloat16, torch.float16) and q.numel() > 0
+    return (TILES and not dispatch._REFERENCE_ONLY and not transformed() and q.numel() > 0
+            and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and all(x.device.type == "cpu" and x.stride(-1) == 1 for x in (q, k, v)))
 
 

@@ -35,7 +35,7 @@ except ImportError:                                                   # no wheel
     triton = tl = _Absent()
 
 __all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "ONE_PASS", "TILES", "build_info", "cpu_flags", "define", "differentiable",
-           "fused", "not_built", "once", "row_programs", "row_warps", "tl", "traced", "triton", "tune_malloc"]
+           "fused", "not_built", "once", "row_programs", "row_warps", "tl", "traced", "transformed", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -120,6 +120,11 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def transformed() -> bool:
+    """True under torch.func and forward-mode AD, which the gradients of the ops do not serve."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def once(op: str) -> Callable[[Callable], Callable]:
     """Marks a backward whose own gradient nobody has: create_graph=True raises. What the kernels compute has no graph, and would pass for
     a constant; torch's once_differentiable lets it, where the gradient that comes in is one: as in every loss."""
@@ -168,7 +173,7 @@ def differentiable(name: str, setup: Callable, backward: Callable, keep: int = 1
 
 def fused(*tensors: Tensor) -> bool:
     """True when an op over these tensors has a kernel here; False when its reference must run."""
-    if _REFERENCE_ONLY:
+    if _REFERENCE_ONLY or transformed():
         return False
     if all(t.is_cuda for t in tensors):
         return all(t.dtype != torch.float64 for t in tensors)

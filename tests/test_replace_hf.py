@@ -147,6 +147,18 @@ def test_gradient_checkpointing(name, forced):
     close(step(model, batch), want, 1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_torch_func_runs_the_original(name, forced):
+    """torch.func knows no gradient of the kernels: the modules' own forwards give it."""
+    model, batch = make(name), sample()
+    interlace.replace_(model)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    with KeepFloat64():
+        got = torch.func.grad(lambda p: torch.func.functional_call(model, p, kwargs=batch).loss)(params)
+    want = step(model, batch)
+    close(got, {n: w for n, w in want.items() if n in got})
+
+
 def test_saved_files_load_into_stock(tmp_path):
     model = make("llama", torch.float32)
     interlace.replace_(model)

@@ -4,6 +4,7 @@ import torch
 from ranks import run
 
 from interlace.kernels import (
+    dispatch,
     add_layer_norm,
     add_rms_norm,
     clamped_swiglu,
@@ -63,6 +64,21 @@ def test_none_is_refused(name):
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(fn(*inputs).sum(), inputs, create_graph=True)
     assert all(g is not None for g in torch.autograd.grad(fn(*inputs).sum(), inputs))
+
+
+@pytest.mark.parametrize("name", [n for n in (*NONE, *LINEAR) if n != "copy_gemm"])
+def test_torch_func_has_both_by_the_reference(name, monkeypatch):
+    fn, *shapes = (NONE | LINEAR)[name]
+    inputs = _inputs(shapes)
+
+    def loss(x):
+        return fn(x, *inputs[1:]).square().sum()
+    first = torch.func.grad(loss)
+    second = torch.func.grad(lambda x: first(x).square().sum())(inputs[0].detach())
+    torch.testing.assert_close(first(inputs[0].detach()), torch.autograd.grad(loss(inputs[0]), inputs[0])[0])
+    monkeypatch.setattr(dispatch, "_REFERENCE_ONLY", True)
+    g, = torch.autograd.grad(loss(inputs[0]), inputs[0], create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(g.square().sum(), inputs[0])[0])
 
 
 @pytest.mark.parametrize("name", LINEAR)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..dispatch import TILES, cpu_flags, define, traced
+from ..dispatch import TILES, cpu_flags, define, traced, transformed
 
 __all__ = ["FLOATS", "check_gemm", "flat", "gemm", "pays", "ready", "slow", "torch_keeps"]
 
@@ -89,8 +89,7 @@ def pays(x: Tensor, w: Tensor) -> bool:
     if x.dtype == torch.float32 and (rows < 32 or work < WORK):
         return False
     return (type(x) in _PLAIN and type(w) in _PLAIN and not dispatch._REFERENCE_ONLY and not traced()
-            and not torch.is_autocast_enabled("cpu") and not torch._C._are_functorch_transforms_active()
-            and torch.autograd.forward_ad._current_level < 0)
+            and not torch.is_autocast_enabled("cpu") and not transformed())
 
 
 def slow(x: Tensor) -> bool:
