@@ -4,11 +4,11 @@ import torch
 from ranks import run
 
 from interlace.kernels import (
-    dispatch,
     add_layer_norm,
     add_rms_norm,
     clamped_swiglu,
     cross_entropy,
+    dispatch,
     dropout,
     expert_mlp,
     gated,
