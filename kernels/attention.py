@@ -25,9 +25,10 @@ from .dispatch import TILES, define, differentiable, transformed
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """torch's own."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))              # [B, heads, S, D]
-    if k.shape[1] != q.shape[1]:                                      # its CPU flash kernel wants as many
+    groups = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)  # FlashAttention takes groups; its CPU kernel, and others, do not
+    if k.shape[1] != q.shape[1] and not groups:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).permute(2, 0, 1, 3)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=groups).permute(2, 0, 1, 3)
 
 
 # ---- ops ------------------------------------------------------------------------------------------------------

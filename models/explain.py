@@ -373,7 +373,7 @@ def _attention(m: ModelConfig, layout: Layout, itemsize: int) -> int:
     if m.attention_dropout:
         explicit = 2 * B * heads * S * S * itemsize + S * S           # probabilities before and after, the causal mask
         return S * B * 4 * heads * m.head_dim * itemsize + explicit
-    if kv != heads:                                                   # k and v are repeated for every query head
+    if kv != heads and itemsize == 8:                                 # torch's attention: k and v are repeated for every query head
         kept = 2 * heads + (heads if rope else fused)
     else:
         kept = fused + (heads + kv if rope else 0)                    # v stays a view, and keeps its whole tensor
