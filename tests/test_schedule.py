@@ -163,7 +163,7 @@ def test_the_command(tmp_path, capsys):
 
 def test_explain_of_a_pipeline_needs_no_torch():
     code = ("import sys\nfrom interlace.cli import main\n"
-            "status = main(['explain', 'pp=2', 'vpp=2', 'ep=2', 'tp=2', 'model.num_moe_experts=4'])\n"
+            "status = main(['explain', '--nproc', '4', 'pp=2', 'vpp=2', 'ep=2', 'model.num_moe_experts=4'])\n"
             "assert 'torch' not in sys.modules\nsys.exit(status)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "of rank" in done.stdout, done.stderr
