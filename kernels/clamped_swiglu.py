@@ -45,7 +45,8 @@ def _pairs(z_ptr, bias_ptr, row, first, expert, E, F, BIAS: tl.constexpr, BLOCK_
     at = 2 * first + tl.arange(0, 2 * BLOCK_F)
     both = tl.load(z_ptr + row * 2 * F + at, mask=at < 2 * F, other=0.0).to(tl.float32)
     if BIAS:
-        both += tl.load(bias_ptr + expert.to(tl.int64) * 2 * F + at, mask=(at < 2 * F) & (expert < E), other=0.0).to(tl.float32)
+        width = tl.where(expert < E, 2 * F, 0)
+        both += tl.load(bias_ptr + expert.to(tl.int64) * 2 * F + at, mask=at < width, other=0.0).to(tl.float32)
     return tl.split(tl.reshape(both, [BLOCK_F, 2]))
 
 
