@@ -55,8 +55,8 @@ def reduced_product(a: Tensor, b: Tensor, group: Group, meanwhile: Callable[[], 
         y = gemm(a, b)
         heap.serve("gemm_ar", M, N, K)
         return all_reduce(y, heap, out=y)
-    y, packed = a.new_empty(M, N), ready(b)
     step = heap.nbytes // max(1, N * a.element_size())               # rows that fit a slot
+    y, packed = a.new_empty(M, N), ready(b) if M > step else b       # packed costs as much as 30 rows: of one product of 64, a third
     for i in range(0, max(M, 1), step):
         rows = a[i:i + step]
         block = gemm(rows, packed, out=heap.stage((rows.shape[0], N), a.dtype))
