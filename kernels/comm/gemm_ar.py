@@ -56,7 +56,7 @@ def reduced_product(a: Tensor, b: Tensor, group: Group, meanwhile: Callable[[], 
         heap.serve("gemm_ar", M, N, K)
         return all_reduce(y, heap, out=y)
     step = heap.nbytes // max(1, N * a.element_size())               # rows that fit a slot
-    y, packed = a.new_empty(M, N), ready(b) if M > step else b       # packed costs as much as 30 rows: of one product of 64, a third
+    y, packed = a.new_empty(M, N), ready(b) if step < M else b       # packed costs as much as 30 rows: of one product of 64, a third
     for i in range(0, max(M, 1), step):
         rows = a[i:i + step]
         block = gemm(rows, packed, out=heap.stage((rows.shape[0], N), a.dtype))
