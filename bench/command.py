@@ -3,6 +3,7 @@ import argparse
 import os
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def _run(args: argparse.Namespace, names: list[str], folder: Path) -> str:
     old = unfinished(folder, names, stamped(args.seed, _sweep(args), args.device)) if args.resume else ""
     if args.resume:
         _say(f"goes on with run {old}" if old else f"there is nothing to go on with in {folder}; starts anew")
-    return old or f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    return old or f"{datetime.now():%Y%m%dT%H%M%S.%f}-{os.getpid()}"  # to the microsecond: a run goes on with rows of its name
 
 
 def ranks_of(args: argparse.Namespace) -> int:

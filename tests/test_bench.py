@@ -329,6 +329,15 @@ def test_against(quick, tmp_path, capsys):
     assert quick.run("--against", str(path)) == 1 and "SLOWER by more than 1.1" in capsys.readouterr().out
 
 
+def test_two_runs_in_a_second_are_two_runs(quick, tmp_path, monkeypatch):
+    """By a clock of seconds the second one found all its cases measured, and measured none."""
+    second = type("Still", (), {name: staticmethod(getattr(time, name)) for name in ("monotonic", "time")})
+    second.strftime = staticmethod(lambda *_: "20261123T000000")
+    monkeypatch.setattr("interlace.bench.command.time", second)
+    assert [quick.run(), quick.run()] == [0, 0]
+    assert len({json.loads(line)["run"] for line in (tmp_path / "swiglu.jsonl").read_text().splitlines()}) == 2
+
+
 @pytest.mark.parametrize("change, wanted", [
     ({"machine": "another"}, "was measured on another, this is"),
     ({"schema": 1}, f"is of version 1, this interlace writes {harness.SCHEMA}"),
@@ -396,7 +405,8 @@ def test_what_counts_as_slower():
 def test_every_op_has_a_bench():
     assert {p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")} == {*OPS}
     helpers = {"__init__", "chunks", "dispatch", "gemm", "heap", "agree", "choose", "machine", "overlap", "pad", "protocol", "registry",
-               "signals", "tile", "walk", "triton_ag", "triton_ar", "triton_rs", "multicast_ar"}   # no op of their own, or a path of one
+               "signals", "tile", "walk", "triton_ag", "triton_ar", "triton_moe", "triton_rs",
+               "multicast_ar"}   # no op of their own, or a path of one
     ops = {p.stem for p in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "kernels/comm").glob("*.py")]} - helpers
     assert ops <= {*OPS}, f"without a bench: {sorted(ops - {*OPS})}"
 
