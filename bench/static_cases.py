@@ -27,7 +27,7 @@ RMS, LN, SWIGLU, GATED, GELU, ROPE, CE, DROPOUT, JITTER, ROUTER, PLAN, PERMUTE, 
     "rms_norm", "layer_norm", "swiglu", "gated", "gelu", "rope", "cross_entropy", "dropout", "jitter", "router", "route_plan", "permute",
     "unpermute", "grouped_gemm"))
 ADAMW, NORM, CLAMPED = map(_module, ("adamw", "grad_norm", "clamped_swiglu"))
-PAD, AR, AG, RS = map(_module, ("comm.pad", "comm.triton_ar", "comm.triton_ag", "comm.triton_rs"))
+PAD, AR, AG, RS, MOE = map(_module, ("comm.pad", "comm.triton_ar", "comm.triton_ag", "comm.triton_rs", "comm.triton_moe"))
 Launch = Callable[[torch.dtype], object]
 Floor = Callable[[int], float]
 
@@ -231,14 +231,30 @@ def _step(N: int) -> list[Case]:
             Case("grad_norm", str(N), lambda dt: NORM._launch([_new(N, dtype=dt)], [1.0]), {"_kernel": lambda s: N * s}, 2 * N)]
 
 
+def _pad(op: str, W: int) -> Any:
+    """The second rank's."""
+    made = PAD.Pad.virtual(W, op, 1 << 20, 1 << 12, "meta")[1]
+    made.share = 1                                                    # a GPU of its own
+    return made
+
+
+def _exchanged(T: int, H: int, K: int, E: int, W: int) -> list[Case]:
+    """Qwen3-30B's tokens over ep=8, evenly spread. A pad's memory is no argument of a launch: the floors are of what is."""
+    R, size, slots = T * K, f"{T}x{H} {K} of {E} over {W}", lambda: _new(W * T, K, dtype=torch.int32)
+    return [
+        Case("comm.triton_moe", f"dispatch {size}",
+             lambda dt: MOE.dispatch(_pad("dispatch", W), _new(T, H, dtype=dt), slots(), _new(R, dtype=torch.int32), T),
+             {"_stage_kernel": lambda s: T * H * s, "_rows_kernel": lambda s: R * H * s + 4 * W * T * K + 4 * R}),
+        Case("comm.triton_moe", f"combine {size}",
+             lambda dt: MOE.combine(_pad("combine", W), _new(R, H, dtype=dt), _new(T, H, dtype=dt), slots(), slots(), T, E),
+             {"_stage_kernel": lambda s: R * H * s + 4 * W * T * K, "_sum_kernel": lambda s: 2 * T * H * s + 4 * T * K}, R * H),
+    ]
+
+
 def _overlapped(M: int, N: int, K: int, W: int) -> list[Case]:
     """Llama 70B's MLP over tp=8, the second rank. A pad's memory is no argument of a launch: the floors are of what is."""
     x, w, size, m, flops = lambda dt: _new(M, K, dtype=dt), lambda dt: _new(N, K, dtype=dt), f"{M}x{N}x{K} of {W}", M // W, 2 * M * N * K
-
-    def pad(op: str) -> Any:
-        made = PAD.Pad.virtual(W, op, 1 << 20, 1 << 12, "meta")[1]
-        made.share = 1                                                # a GPU of its own
-        return made
+    pad: Callable[[str], Any] = lambda op: _pad(op, W)                # noqa: E731
     return [
         Case("comm.triton_ar", f"one_shot {size}", lambda dt: AR.launch(pad("gemm_ar"), x(dt), w(dt)),
              {"_kernel": lambda s: (M * K + N * K + M * N) * s}, flops),
@@ -262,5 +278,5 @@ CASES: list[Case] = [
     *_router(16384, 8, 2, 0, "16384x8 2 of 8"), *_router(16384, 128, 8, 0, "16384x128 8 of 128"),
     *_router(16384, 256, 8, 1, "sigmoid groups 16384x256 8 of 256", 8, 4, 2),
     *_router(16384, 1000, 8, 2, "sqrtsoftplus 16384x1000 8 of 1000"),
-    *_step(1 << 26), *_overlapped(8192, 8192, 3584, 8),
+    *_step(1 << 26), *_overlapped(8192, 8192, 3584, 8), *_exchanged(4096, 2048, 8, 128, 8),
 ]

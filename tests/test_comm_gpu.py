@@ -8,8 +8,8 @@ import torch.distributed as dist
 from ranks import run
 
 from interlace.doctor import _multicast as multicast_here
-from interlace.kernels import dispatch
-from interlace.kernels.comm import multicast_ar, triton_ag, triton_ar, triton_rs
+from interlace.kernels import dispatch, route_plan
+from interlace.kernels.comm import multicast_ar, triton_ag, triton_ar, triton_moe, triton_rs
 from interlace.kernels.comm.pad import Pad
 from interlace.kernels.comm.protocol import first_row
 
@@ -109,6 +109,36 @@ def test_rs_residual_norm_feeds_the_next_gather(dtype, bias):
         for r, (hr, yr, full) in enumerate(on_all(streams, step)):
             assert torch.equal(hr, h.to(dtype)[mine[r]]) and torch.equal(full[mine[r]], yr)
             torch.testing.assert_close(full.float(), want, rtol=torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("world", [1, 2, 3, 6, 8])
+def test_dispatch_and_combine(world, dtype):
+    """Every other rank has fewer tokens; some slots have no expert; experts are padded to 4 rows."""
+    T, H, K, per, g = 50, 520, 3, 2, torch.Generator().manual_seed(6)
+    n = [T - 7 * (r % 2) for r in range(world)]
+    for _ in range(3):
+        ids = torch.randint(-1, world * per, (world, T, K), generator=g, dtype=torch.int32)
+        for r in range(world):
+            ids[r, n[r]:] = -1
+        ids = ids.view(-1, K)
+        plans = [route_plan(torch.where(ids // per == r, ids - r * per, -1), per, align=4) for r in range(world)]
+        slots = [p.slot_of_row[:int(p.offsets[-1])] for p in plans]
+        x, residual, ys = ints(g, dtype, world * T, H), ints(g, dtype, world * T, H), [ints(g, dtype, len(s), H) for s in slots]
+        mine = [slice(r * T, r * T + n[r]) for r in range(world)]
+        maps = [(p.row_of_slot.cuda(), s.cuda()) for p, s in zip(plans, slots)]
+        there, streams = virtual(world, "dispatch", triton_moe.needs(T, H, dtype))
+        back, _ = virtual(world, "combine", triton_moe.needs(max(map(len, slots)), H, dtype, ids.numel()))
+        shards, adds, where = [x[m].clone() for m in mine], [residual[m].clone() for m in mine], ids.cuda()
+        for r, rows in enumerate(on_all(streams, lambda r: triton_moe.dispatch(there[r], shards[r], *maps[r], T))):
+            assert torch.equal(rows, torch.where(maps[r][1][:, None] < 0, 0, x[maps[r][1].long() // K]))
+        want = residual.float()
+        for y, (row_of_slot, _) in zip(ys, maps):
+            want += torch.cat([y, y.new_zeros(1, H)])[row_of_slot.long()].float().sum(1)
+        for r, o in enumerate(on_all(streams, lambda r: triton_moe.combine(back[r], ys[r], adds[r], where, maps[r][0], n[r], world * per))):
+            assert torch.equal(o, want[mine[r]].to(dtype))
+        for pad in (*there, *back):
+            pad.check()
 
 
 def test_a_rank_that_does_not_come():

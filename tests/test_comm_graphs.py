@@ -6,11 +6,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from interlace.bench import static
 from interlace.kernels import dispatch
 from interlace.kernels.comm import pad as pads
-from interlace.kernels.comm import triton_ag, triton_ar, triton_rs
+from interlace.kernels.comm import triton_ag, triton_ar, triton_moe, triton_rs
 from interlace.kernels.comm.pad import Pad, pad_of
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRET or not hasattr(dispatch.triton, "__version__"), reason="no Triton compiler in this mode")
 M, N, K, W = 48, 32, 16, 3
+slots = torch.arange(M, dtype=torch.int32)
 x, w, part, whole = torch.ones(M, K), torch.ones(N, K), torch.ones(M // W, N), torch.ones(M, N)
 
 
@@ -24,6 +25,8 @@ CALLS = {
     "all_reduce": lambda pad: triton_ar.launch(pad, x), "ag_gemm": lambda pad: triton_ag.launch(pad, x[:M // W], M, w),
     "all_gather": lambda pad: triton_ag.launch(pad, x[:M // W], M),
     "gemm_rs": lambda pad: (triton_rs.push(pad, x, w), triton_rs.take(pad, M, N, x.dtype, True)), "rs_residual_norm": norm,
+    "dispatch": lambda pad: triton_moe.dispatch(pad, x[:M // W], slots.view(-1, 1), slots, M // W),
+    "combine": lambda pad: triton_moe.combine(pad, x, None, slots.view(-1, 1), slots.view(-1, 1), M // W, M),
 }
 FRESH = ("empty", "empty_like", "new_empty")                          # memory of the graph's pool, addresses that a replay finds again
 VIEWS = ("view", "select", "slice", "t", "transpose", "detach", "alias", "as_strided", "expand")

@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 from ranks import run
 
-from interlace.kernels import dispatch
+from interlace.kernels import dispatch, route_plan
 from interlace.kernels.comm import CollectiveMismatch, ag_gemm, all_reduce, gemm_ar, gemm_rs, protocol, reset_pads
 
 pytestmark = pytest.mark.skipif(not dispatch.INTERPRET, reason="needs TRITON_INTERPRET=1")
 if dispatch.INTERPRET:
     from interpreted import DONE, recorded, stalls
 
-    from interlace.kernels.comm import heap, triton_ag, triton_ar, triton_rs
+    from interlace.kernels.comm import heap, triton_ag, triton_ar, triton_moe, triton_rs
     from interlace.kernels.comm import pad as pad_module
     from interlace.kernels.comm.pad import Pad, pad_of
     from interlace.kernels.comm.protocol import first_row
@@ -154,10 +154,49 @@ def test_rs_residual_norm_interpret(world):
     run(world, _rs_residual_norm, world)
 
 
+MOE = [(5, 19, 2, 2), (1, 300, 3, 1), (7, 8, 1, 3)]                    # tokens, features, slots a token, experts a rank
+
+
+def _routes(g, world, T, K, per):
+    """What all ranks know: ids [world * T, K], some dropped, the last rank without tokens; and each rank's plan of its own experts."""
+    ids = torch.randint(-1, world * per, (world * T, K), generator=g, dtype=torch.int32)
+    ids[(world - 1) * T:] = -1
+    plans = [route_plan(torch.where(ids // per == r, ids - r * per, -1), per, align=2) for r in range(world)]
+    return ids, [(p.row_of_slot, p.slot_of_row[:int(p.offsets[-1])]) for p in plans]
+
+
+def _moe(rank, world):
+    most = max(needs for T, H, K, per in MOE for needs in (
+        triton_moe.needs(T, H, torch.float32)[0], triton_moe.needs(world * T * K + 2 * per, H, torch.float32, world * T * K)[0]))
+    pads = [make(world, op, [(most, 1)]) for op in ("dispatch", "combine")]
+    g = torch.Generator().manual_seed(world)
+    with stalls(rank):
+        for i, (T, H, K, per) in enumerate(MOE):
+            dt, (ids, maps) = DTYPES[i % 3], _routes(g, world, T, K, per)
+            x, residual = ints(g, dt, world * T, H), ints(g, dt, world * T, H)
+            ys = [ints(g, dt, len(slots), H) for _, slots in maps]
+            mine, n = slice(rank * T, rank * T + T * (rank < world - 1)), T * (rank < world - 1)
+            rows = triton_moe.dispatch(pads[0], x[mine].clone(), *maps[rank], T)
+            slots = maps[rank][1].long()
+            assert torch.equal(rows, torch.where(slots[:, None] < 0, 0, x[slots // K])), f"dispatch {dt} {T} {H} {K}"
+            o = triton_moe.combine(pads[1], ys[rank], residual[mine].clone() if i % 2 else None, ids, maps[rank][0], n, world * per)
+            want = residual.double() if i % 2 else torch.zeros(world * T, H, dtype=torch.float64)
+            for y, (row_of_slot, _) in zip(ys, maps):
+                want += torch.cat([y, y.new_zeros(1, H)])[row_of_slot.long()].double().sum(1)
+            assert torch.equal(o, want[mine].to(dt)), f"combine {dt} {T} {H} {K}"
+            for pad in pads:                                          # the call before this one has ended on every rank
+                pad.buffer(int(pad.local[0]) & 1 ^ 1).fill_(0xff)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_dispatch_and_combine_interpret(world):
+    run(world, _moe, world)
+
+
 def _all_kernels(rank, world):
     for two_shot in (False, True):
         _all_reduce(rank, world, two_shot)
-    for check in (_ag_gemm, _gemm_rs, _rs_residual_norm):
+    for check in (_ag_gemm, _gemm_rs, _rs_residual_norm, _moe):
         check(rank, world)
 
 
@@ -173,7 +212,9 @@ def _one_tile(rank, protocol_, buffers, wrong):
     """Two ranks, one tile, four calls; rank 1 dawdles after each of its signals, so that rank 0 is a call ahead of its reads."""
     M, N, K, dt, world, g = 8, 16, 16, torch.float32, 2, torch.Generator().manual_seed(4)
     sizes = {"one_shot": lambda: triton_ar.needs(torch.empty(M, K), torch.empty(N, K), world, False),
-             "gather": lambda: triton_ag.needs(M, K, dt, world), "scatter": lambda: triton_rs.needs(M, N, dt, world)}
+             "gather": lambda: triton_ag.needs(M, K, dt, world), "scatter": lambda: triton_rs.needs(M, N, dt, world),
+             "fetch": lambda: triton_moe.needs(M, K, dt)}
+    slots = torch.arange(M * world, dtype=torch.int32)                # every rank wants every token
     pad, bad = make(world, "gemm_ar", [sizes[protocol_]()], start=0, polls=4000), 0
     with stalls(rank, after_signal=0.15 * rank):
         for _ in range(4):
@@ -184,6 +225,9 @@ def _one_tile(rank, protocol_, buffers, wrong):
             elif protocol_ == "gather":
                 y = triton_ag.launch(pad, xs[0][4 * rank:4 * rank + 4].clone(), M, ws[rank], BUFFERS=buffers)
                 bad += not torch.equal(y, product(xs[0], ws[rank]))
+            elif protocol_ == "fetch":
+                y = triton_moe.dispatch(pad, xs[rank], slots.view(-1, 1), slots, M, BUFFERS=buffers)
+                bad += not torch.equal(y, torch.cat(xs))
             else:
                 triton_rs.push(pad, xs[rank], ws[rank], BUFFERS=buffers)
                 bad += not torch.equal(triton_rs.take(pad, M, N, dt, True, BUFFERS=buffers)[0], total[4 * rank:4 * rank + 4])
@@ -192,7 +236,7 @@ def _one_tile(rank, protocol_, buffers, wrong):
     assert bool(sum(every)) == wrong, f"{every} wrong results with {buffers} buffers"
 
 
-@pytest.mark.parametrize("protocol_", ["one_shot", "gather", "scatter"])
+@pytest.mark.parametrize("protocol_", ["one_shot", "gather", "scatter", "fetch"])
 @pytest.mark.parametrize("buffers", [2, 1])
 def test_second_buffer_is_needed_interpret(protocol_, buffers):
     run(2, _one_tile, protocol_, buffers, buffers == 1)
@@ -267,6 +311,16 @@ def test_reduce_scatter_kernels_interpret_follow_their_table(rank):
     assert taken[:world] == want[:world] and set(taken) == set(want)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_dispatch_kernels_interpret_follow_their_table(rank):
+    world, T, H = 3, 4, 256                                           # a token is a cell
+    pads, slots = _virtual(world, "dispatch", (T * H * 4, 4)), torch.arange(world * T, dtype=torch.int32)
+    with recorded(pads, H * 4) as events:
+        triton_moe.dispatch(pads[rank], torch.ones(T, H), slots.view(-1, 1), slots, T)
+    _compare(protocol.fetch(rank, world, 1, T, programs=2), events)
+    assert pads[rank].local[0] == 1 and not pads[rank].local[1:].any()
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------
 
 
@@ -307,8 +361,10 @@ def test_a_rank_that_does_not_come_interpret():
 def _call(pad, kind, rank, value):
     """(result, what it should be) of a call whose data is `value` at rank 0 and value + 1 at rank 1."""
     x, M = torch.full((40, 16), float(value + rank)), 40
-    if kind == "gather":
-        return triton_ag.launch(pad, x[:20].clone(), M), torch.full((40, 16), float(value)).add_((torch.arange(40) >= 20)[:, None])
+    if kind in ("gather", "fetch"):
+        mine, slots = x[:20].clone(), torch.arange(M, dtype=torch.int32)   # every rank wants every row
+        got = triton_ag.launch(pad, mine, M) if kind == "gather" else triton_moe.dispatch(pad, mine, slots.view(-1, 1), slots, 20)
+        return got, torch.full((40, 16), float(value)).add_((torch.arange(40) >= 20)[:, None])
     if kind == "scatter":
         triton_rs.push(pad, x)
         return triton_rs.take(pad, M, 16, x.dtype, False)[0], torch.full((20, 16), 2.0 * value + 1)
@@ -336,7 +392,7 @@ def _late_and_wrong(rank, kind):
                 assert torch.equal(*_call(pad, kind, rank, 20 + 10 * call)), f"wrong data without an error in call {call + 2}"
             except TimeoutError:
                 seen += 1
-        assert seen == (3 if kind in ("gather", "scatter") else 4)    # these had sent all of a call before they waited: it is whole
+        assert seen == (3 if kind in ("gather", "scatter", "fetch") else 4)   # these had sent all of a call before they waited
     dist.barrier()
     with pytest.raises(TimeoutError, match="no signal from rank"):    # a first call is collective: both ranks hear of it
         pad.agree("another call")
@@ -346,7 +402,7 @@ def _late_and_wrong(rank, kind):
         assert torch.equal(*_call(pad, kind, rank, 60 + 10 * call))
 
 
-@pytest.mark.parametrize("kind", ["one_shot", "two_shot", "gather", "scatter"])
+@pytest.mark.parametrize("kind", ["one_shot", "two_shot", "gather", "scatter", "fetch"])
 def test_a_late_rank_gets_no_wrong_data_interpret(kind):
     run(2, _late_and_wrong, kind)
 

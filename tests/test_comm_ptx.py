@@ -11,7 +11,7 @@ from interlace.kernels.dispatch import tl, triton
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRET or not hasattr(triton, "__version__"), reason="no Triton compiler in this mode")
 
-from interlace.kernels.comm import triton_ag, triton_ar, triton_rs  # noqa: E402
+from interlace.kernels.comm import triton_ag, triton_ar, triton_moe, triton_rs  # noqa: E402
 from interlace.kernels.comm.pad import Pad  # noqa: E402
 from interlace.kernels.comm.signals import cells, wait  # noqa: E402
 
@@ -29,6 +29,13 @@ def new(dtype, *shape):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+TOPK = 2
+
+
+def slots():
+    return new(torch.int32, W * M, TOPK)
+
+
 def share():
     return M // W                                                     # of the last rank
 
@@ -41,10 +48,13 @@ LAUNCHES = {
     "gemm_rs take": lambda dt, **c: triton_rs.take(pad("gemm_rs"), M, N, dt, True, **c),
     "rs_residual_norm": lambda dt, **c: triton_rs.take(pad("rs_residual_norm"), M, N, dt, True, new(dt, share(), N), new(dt, N),
                                                        onward=pad("ag_gemm"), **c),
+    "combine stage": lambda dt, **c: triton_moe._stage(pad("combine"), new(dt, M, N), slots(), W * M * TOPK, **c),
+    "dispatch rows": lambda dt, **c: triton_moe._rows(pad("dispatch"), new(dt, 2 * M, N), slots(), new(torch.int32, 2 * M), M, **c),
+    "combine sums": lambda dt, **c: triton_moe._sums(pad("combine"), new(dt, M, N), new(dt, M, N), slots(), 64, **c),
 }
 GEMMS = ["gemm_ar one_shot", "gemm_ar two_shot", "ag_gemm", "gemm_rs push"]
-SIGNALS = [*GEMMS, "rs_residual_norm"]
-WAITS = ["gemm_ar one_shot", "gemm_ar two_shot", "ag_gemm", "gemm_rs take", "rs_residual_norm"]
+SIGNALS = [*GEMMS, "rs_residual_norm", "combine stage"]
+WAITS = ["gemm_ar one_shot", "gemm_ar two_shot", "ag_gemm", "gemm_rs take", "rs_residual_norm", "dispatch rows", "combine sums"]
 
 
 def compiled(name, arch="sm_90", **control):

@@ -123,6 +123,7 @@ WEAK = {"weak": True}
 SMALL = {"epoch_word": False}                                          # that is a matter of one rank: rows without it are of the rest
 SLOTS = {"pushers": 2, "programs": 2, "slots": 2, **SMALL}
 TILES = {"programs": 2, "tiles": 2, **SMALL}
+COUNTED = {"scatter": TILES, "fetch": {"items": 2, "programs": 2, **SMALL}}   # the last program signals for all
 HOLDS = {
     "heap, 2 ranks": (lambda: on_cpu(2, weak=True), 100),
     "heap, 3 ranks": (lambda: on_cpu(3, weak=True), 1000),
@@ -158,6 +159,9 @@ HOLDS = {
     "scatter, 3 ranks": (lambda: kernel("scatter", 3, weak=True), 10000),
     "scatter, 2 ranks, 2 programs, 2 tiles": (lambda: kernel("scatter", 2, **TILES, weak=True), 5000),
     "scatter, 2 ranks, 1 and 2 items in turns": (lambda: kernel("scatter", 2, then=[("scatter", 2)], weak=True), 500),
+    "fetch, 2 ranks": (lambda: kernel("fetch", 2, weak=True), 300),
+    "fetch, 3 ranks": (lambda: kernel("fetch", 3, weak=True), 3000),
+    "fetch, 2 ranks, 2 programs, 2 items": (lambda: kernel("fetch", 2, 2, programs=2, **SMALL, weak=True), 3000),
     "gather, 2 ranks, one program at a time": (lambda: kernel("gather", 2, slots=1, weak=True), 500),
     "gather, 2 ranks, 2 + 2 programs in 2 slots": (lambda: kernel("gather", 2, 2, **SLOTS, weak=True), 5000),
     "one_shot, 2 ranks, one program at a time": (lambda: kernel("one_shot", 2, 2, programs=2, slots=1, weak=True), 500),
@@ -193,12 +197,16 @@ CONTROLS = {
         lambda: kernel("multicast", 2, 2, then=[("one_shot", 2)], c=Control(buffers=1), edit=in_one_piece), "wrong data"),
     "gather, 1 buffer": (lambda: kernel("gather", 2, c=Control(buffers=1)), "wrong data"),
     "scatter, 1 buffer": (lambda: kernel("scatter", 2, c=Control(buffers=1)), "wrong data"),
+    "fetch, 1 buffer": (lambda: kernel("fetch", 2, c=Control(buffers=1)), "wrong data"),
     **{f"{name}, {text}": (partial(kernel, name, 2, **WEAK, **off), "wrong data") for name in TABLES for text, off in (
         ("no acquire", {"relaxed": ("wait",)}), ("no dependence of loads on the wait", {"token": False}))},
-    **{f"{name}, {text}": (partial(kernel, name, 2, **WEAK, **off), "wrong data") for name in TABLES if name != "scatter" for text, off in (
+    **{f"{name}, {text}": (partial(kernel, name, 2, **WEAK, **off), "wrong data") for name in TABLES if name not in COUNTED
+       for text, off in (
         ("no barrier", {"c": Control(barrier=False)}), ("no release", {"relaxed": ("signal",)}))},
-    "scatter, no barrier": (lambda: kernel("scatter", 2, **TILES, **WEAK, c=Control(barrier=False)), "wrong data"),
-    "scatter, counter not acq_rel": (lambda: kernel("scatter", 2, **TILES, **WEAK, relaxed=("last",)), "wrong data"),
+    **{f"{name}, no barrier": (partial(kernel, name, 2, **more, **WEAK, c=Control(barrier=False)), "wrong data")
+       for name, more in COUNTED.items()},
+    **{f"{name}, counter not acq_rel": (partial(kernel, name, 2, **more, **WEAK, relaxed=("last",)), "wrong data")
+       for name, more in COUNTED.items()},
     **{f"{name}, flags by unsigned >=": (partial(kernel, name, 2, period=8, compare="unsigned"), "wrong data") for name in TABLES},
     **{f"{name}, flags by ==": (partial(kernel, name, 2, compare="=="), "deadlock") for name in ("one_shot", "gather", "scatter")},
     **{f"{name}, on after a wait that ran out": (partial(kernel, name, 2, giveups=1, expiry="goes on"), "wrong data") for name in TABLES},
@@ -330,7 +338,7 @@ def test_every_table_has_every_control():
         held = [n for n in HOLDS if n.startswith(name)]
         assert any("3 ranks" in n for n in held) and any("dies" in n for n in held) and any("left out" in n for n in held), name
         for feature in ("1 buffer", "no barrier", "no release", "no acquire", "no dependence"):
-            assert any(name in n and feature in n for n in CONTROLS) or (name, feature) == ("scatter", "no release"), (name, feature)
+            assert any(name in n and feature in n for n in CONTROLS) or (name in COUNTED and feature == "no release"), (name, feature)
 
 
 if __name__ == "__main__":                                            # the tables of docs/protocol.md, made anew

@@ -7,6 +7,7 @@ Backward  of dispatch: combine without a residual;  of combine: dispatch, and dr
 Plan      one all-gather of the ids, after which every rank knows all rows: nothing else is exchanged, no rank waits for counts
 Bytes     a rank, b = T * H * itemsize: dispatch b staged once however many experts want a row, R * H * itemsize written;
           combine at most (W - 1) T * H partial sums staged (fp32 for 16-bit types; a token with no row on a rank costs nothing)
+          On CUDA over symmetric memory: triton_moe.py, where combine reads the rows themselves and adds them over k in order
 Numerics  dispatch bit-exact; combine in fp32 (fp64 for fp64), fixed order, one rounding; both bitwise repeatable
 Source    dispatch and combine of DeepEP; alignment and orders of `route_plan`
 """
@@ -19,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..dispatch import once
+from ..dispatch import INTERPRET, once
 from ..permute import permute, slots_of
 from ..route_plan import RoutePlan, route_plan
 from ..unpermute import unpermute
+from . import overlap
 from .collectives import Group, _code, _heap, _torch_group, all_gather, group_size, reduce_scatter
 from .heap import CODES, LIB, CollectiveMismatch, SymmHeap
 
@@ -41,6 +43,8 @@ class DispatchPlan:
     ids: Tensor                                                       # int32 [W * most, K] of all ranks, -1 past a rank's T
     route: RoutePlan                                                  # over ids, of this rank's experts alone
     static: bool                                                      # shapes do not depend on the ids: max_rows was given
+    align: int
+    capacity: int | None
 
     @property
     def size(self) -> int:
@@ -56,6 +60,14 @@ class DispatchPlan:
     def rows(self) -> int:
         """R, the rows of this rank's expert-ordered buffer."""
         return self.route.rows
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """R of the rank that has most rows, the same on every rank. Without max_rows the host reads the device."""
+        if self.static:
+            return self.rows
+        counts = self.load if self.capacity is None else self.load.clamp(max=self.capacity)
+        return int((-(-counts // self.align) * self.align).view(self.size, -1).sum(1).max())
 
     @property
     def counts(self) -> Tensor:
@@ -168,6 +180,8 @@ def _dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
     if plan.size == 1:
         return _permute(x, plan.route)
     heap = _heap(x, plan.group)
+    if (heap is None or INTERPRET) and (rows := overlap.dispatched(x, plan)) is not None:
+        return rows
     if heap is None:
         return dispatch_ref(x, plan)
     x, y, route = x.contiguous(), x.new_empty(plan.rows, x.shape[1]), plan.route
@@ -182,6 +196,8 @@ def _combine(y: Tensor, plan: DispatchPlan, residual: Tensor | None = None) -> T
     if plan.size == 1:
         return unpermute(y, plan.route, residual=residual)
     heap, code = _heap(y, plan.group), CODES.get(y.dtype)
+    if (heap is None or INTERPRET) and (sums := overlap.combined(y, plan, residual)) is not None:
+        return sums
     if heap is None or code is None:
         return combine_ref(y, plan, residual)
     y, o = y.contiguous(), y.new_empty(plan.tokens, y.shape[1])
@@ -321,7 +337,7 @@ def dispatch_plan(ids: Tensor, num_experts: int, group: Group, align: int = 1, *
         route = replace(route, slot_of_row=route.slot_of_row[:int(route.offsets[-1])])
     else:
         route = _bounded(route, max_rows)
-    return DispatchPlan(group, num_experts, T, every, route, max_rows is not None)
+    return DispatchPlan(group, num_experts, T, every, route, max_rows is not None, align, capacity)
 
 
 def dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:

@@ -2,21 +2,27 @@
 
     CUDA tensors over symmetric memory, and CPU tensors under TRITON_INTERPRET=1; fp32, bf16 and fp16
 """
+from __future__ import annotations
+
 from math import gcd
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..dispatch import INTERPRET
-from . import multicast_ar, triton_ag, triton_ar, triton_rs
+from . import multicast_ar, triton_ag, triton_ar, triton_moe, triton_rs
 from .agree import choose_path
 from .choose import KERNELS, MULTICAST, Path
 from .gemm import gemm
 from .heap import SymmHeap
-from .pad import Pad, pad_of
+from .pad import Pad, pad_of, pad_room
 from .registry import Group, group_size
 
-__all__ = ["gathered", "gathered_product", "reduced", "scattered", "scattered_norm", "summed"]
+if TYPE_CHECKING:
+    from .dispatch import DispatchPlan
+
+__all__ = ["combined", "dispatched", "gathered", "gathered_product", "reduced", "scattered", "scattered_norm", "summed"]
 
 
 def _pad(op: str, needs: tuple[int, int], x: Tensor, group: Group) -> Pad:
@@ -97,3 +103,29 @@ def scattered_norm(partial: Tensor, residual: Tensor, weight: Tensor, bias: Tens
     triton_rs.push(pad, partial.reshape(rows, D).contiguous())
     h, y, rstd, mean = triton_rs.take(pad, rows, D, partial.dtype, False, residual, weight, bias, eps)
     return h.view(residual.shape), y.view(residual.shape), torch.empty_like(mean[:0]) if bias is None else mean, rstd
+
+
+def _rows_pad(op: str, rows: int, x: Tensor, plan: DispatchPlan, indices: int = 0) -> Pad | None:
+    """The pad of a dispatch or combine whose ranks leave up to `rows` rows; None where none can be had, or it would be too large."""
+    needs = triton_moe.needs(rows, x.shape[1], x.dtype, indices)
+    if plan.group is None or not plan.most or 2 * needs[0] > pad_room(x, plan.group):
+        return None
+    return _pad(op, needs, x, plan.group)
+
+
+def dispatched(x: Tensor, plan: DispatchPlan) -> Tensor | None:
+    """dispatch(x), None where no kernel serves it."""
+    pad = _rows_pad("dispatch", plan.most, x, plan)
+    return None if pad is None else triton_moe.dispatch(pad, x.contiguous(), plan.route.row_of_slot, plan.route.slot_of_row, plan.most)
+
+
+def combined(y: Tensor, plan: DispatchPlan, residual: Tensor | None) -> Tensor | None:
+    """combine(y), None where no kernel serves it."""
+    if plan.group is None or not pad_room(y, plan.group):             # before `largest` reads the device
+        return None
+    step = 1 << max(0, plan.largest.bit_length() - 3)                 # the pad must not grow at every new maximum
+    pad = _rows_pad("combine", -(-plan.largest // step) * step, y, plan, plan.ids.numel())
+    if pad is None:
+        return None
+    residual = None if residual is None else residual.contiguous()
+    return triton_moe.combine(pad, y.contiguous(), residual, plan.ids, plan.route.row_of_slot, plan.tokens, plan.experts)

@@ -31,7 +31,7 @@ from .machine import HOPPER, Machine, here
 
 __all__ = ["OPS", "Pad", "in_turn", "pad_machine", "pad_multicast", "pad_of", "pad_room", "reset_pads"]
 
-OPS = ("all_reduce", "gemm_ar", "all_gather", "ag_gemm", "reduce_scatter", "gemm_rs", "rs_residual_norm")
+OPS = ("all_reduce", "gemm_ar", "all_gather", "ag_gemm", "reduce_scatter", "gemm_rs", "rs_residual_norm", "dispatch", "combine")
 COUNTERS = 1 << 16
 ROOM = 1 << 30                                                        # bytes of both buffers, from which on a call needs no overlap
 _POLLS = {"cuda": 1 << 28, "cpu": 1 << 19}                            # at 0.5 to 1 us and at 30 to 100 us a poll: minutes, both

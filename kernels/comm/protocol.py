@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 from ..dispatch import tl  # noqa: F401  (the interpreter looks for it beside what it runs)
 
-__all__ = ["TABLES", "Control", "Step", "gather", "heap", "multicast", "one_shot", "scatter", "two_shot"]
+__all__ = ["TABLES", "Control", "Step", "fetch", "gather", "heap", "multicast", "one_shot", "scatter", "two_shot"]
 
 
 @dataclass(frozen=True)
@@ -236,6 +236,20 @@ def scatter(rank: int, world: int, epoch: int, items: int, tiles: int = 1, progr
     return [push, _finish(take)]
 
 
+def fetch(rank: int, world: int, epoch: int, items: int, programs: int = 1, c: Control = FULL) -> Call:
+    """dispatch, combine: kernel 1 copies what others may want into this rank's own buffer, the last of its programs signals all. Kernel 2:
+    every program waits for all ranks, then reads what it wants where it lies."""
+    b, word = buffer_of(epoch, c.buffers), lambda source: flag_word(0, source, 0, world, items)
+    barrier = [Step("barrier")] if c.barrier else []
+    signals = (*barrier, *(Step("signal", q, slot=word(rank), ordered=c.ordered) for q in _ring(rank, world)))
+    stage = [(*(Step("write", rank, "part", b, item, rank, item) for item in range(p, items, programs)), *barrier,
+              Step("last", slot=1, of=programs, steps=signals)) for p in range(programs)]
+    sources = [before(rank, i, world) for i in range(world)]
+    take = [[*(Step("wait", rank, slot=word(s), source=s, item=0, ordered=c.ordered) for s in sources),
+             *(Step("read", s, "part", b, item, s, item) for s in sources for item in range(p, items, programs))] for p in range(programs)]
+    return [stage, _finish(take)]
+
+
 def heap(rank: int, world: int, epoch: int, buffers: int = 2, agreed: bool = True) -> Call:
     """The collectives of the CPU heap, one tick of them (csrc/runtime/heap.h): each rank writes at home, the others come and read. One
     thread, no kernel boundary: steps of the next tick may overtake these. Area "call": what was called, compared in the first
@@ -247,4 +261,4 @@ def heap(rank: int, world: int, epoch: int, buffers: int = 2, agreed: bool = Tru
               *(Step("read", q, "part", b, 0, q, 0) for q in others if agreed))]]
 
 
-TABLES = {"one_shot": one_shot, "two_shot": two_shot, "gather": gather, "scatter": scatter, "multicast": multicast}
+TABLES = {"one_shot": one_shot, "two_shot": two_shot, "gather": gather, "scatter": scatter, "multicast": multicast, "fetch": fetch}
