@@ -70,14 +70,14 @@ def copy_tiles(rows: int, dtype: torch.dtype) -> Tiles:
     return Tiles(BM, 16, 16, 4, 1) if INTERPRET else Tiles(BM, 64, 16, max(4, BM // 16), 1)
 
 
-def programs_of(pad: Pad, items: int, less: int = 0) -> int:
-    """One program an SM of this rank's share of the GPU: all are resident, and ranks that share a GPU do not starve each other.
+def programs_of(pad: Pad, items: int, less: int = 0, each: int = 1) -> int:
+    """One program an SM of this rank's share of the GPU, or `each`: all are resident, and ranks that share a GPU do not starve each other.
 
     Coprime to the world: then a program's items pass from owner to owner, and every program sums as much as the others."""
     if pad.device.type == "cpu":
         most = 3
     else:
-        most = torch.cuda.get_device_properties(pad.device).multi_processor_count // pad.share - less
+        most = torch.cuda.get_device_properties(pad.device).multi_processor_count * each // pad.share - less
     while most > 1 and gcd(most, pad.world) > 1:
         most -= 1
     return max(1, min(most, items))

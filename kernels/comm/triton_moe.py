@@ -127,7 +127,7 @@ def _only(control: dict[str, object], *names: str) -> dict[str, object]:
 
 def _stage(pad: Pad, x: Tensor, index: Tensor, indices: int, **control: object) -> None:
     copy = 256 if INTERPRET else 8192
-    programs = programs_of(pad, triton.cdiv(max(x.numel(), indices), copy))
+    programs = programs_of(pad, triton.cdiv(max(x.numel(), indices), copy), each=2)
     _stage_kernel[(programs,)](x, index, pad.peers, pad.local, pad.rank, pad.data, pad.nbytes, pad.flags, _start(indices), x.numel(),
                                indices, world=pad.world, COPY=copy, num_warps=8, **_only(control, "BUFFERS", "BARRIER", "RELEASE"))
 
@@ -140,12 +140,18 @@ def dispatch(pad: Pad, x: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, most
     return _rows(pad, x.new_empty(len(slot_of_row), x.shape[1]), row_of_slot, slot_of_row, most, **control)
 
 
+def _shape(pad: Pad, rows: int, H: int) -> tuple[int, int, int]:
+    """(programs, BLOCK, num_warps): 512 threads an SM, 128 registers for each, to have 16 KB of 16-bit rows on their way to an SM."""
+    block = min(4096, triton.next_power_of_2(H))
+    return programs_of(pad, rows, each=max(1, 16 // row_warps(block))), block, row_warps(block)
+
+
 def _rows(pad: Pad, y: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, most: int, **control: object) -> Tensor:
     (R, H), K = y.shape, row_of_slot.shape[1]
-    block = min(4096, triton.next_power_of_2(H))
-    _rows_kernel[(programs_of(pad, pad.world * most),)](
+    programs, block, warps = _shape(pad, pad.world * most, H)
+    _rows_kernel[(programs,)](
         y, row_of_slot, slot_of_row, pad.peers, pad.local, pad.error, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags, most, K, H, R,
-        world=pad.world, OP=OPS.index(pad.op), SLOTS=triton.next_power_of_2(max(K, 1)), BLOCK=block, num_warps=row_warps(block),
+        world=pad.world, OP=OPS.index(pad.op), SLOTS=triton.next_power_of_2(max(K, 1)), BLOCK=block, num_warps=warps,
         launch_cooperative_grid=pad.share == 1, **_only(control, "BUFFERS", "ACQUIRE"))
     if INTERPRET:
         pad.check()
@@ -164,11 +170,11 @@ def combine(pad: Pad, y: Tensor, residual: Tensor | None, ids: Tensor, row_of_sl
 
 def _sums(pad: Pad, o: Tensor, residual: Tensor | None, ids: Tensor, experts: int, **control: object) -> Tensor:
     (T, H), K = o.shape, ids.shape[1]
-    block = min(4096, triton.next_power_of_2(H))
-    _sum_kernel[(programs_of(pad, T),)](
+    programs, block, warps = _shape(pad, T, H)
+    _sum_kernel[(programs,)](
         o, o if residual is None else residual, ids, pad.peers, pad.local, pad.error, pad.rank, pad.polls, pad.data, pad.nbytes, pad.flags,
         _start(ids.numel()), T, len(ids) // pad.world, K, H, experts // pad.world, world=pad.world, OP=OPS.index(pad.op),
-        RESIDUAL=residual is not None, BLOCK=block, num_warps=row_warps(block), launch_cooperative_grid=pad.share == 1,
+        RESIDUAL=residual is not None, BLOCK=block, num_warps=warps, launch_cooperative_grid=pad.share == 1,
         **_only(control, "BUFFERS", "ACQUIRE"))
     if INTERPRET:
         pad.check()
