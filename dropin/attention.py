@@ -30,23 +30,30 @@ WORK = 1 << 22                                                        # B S S hi
 class Causal(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and (got := _attend(*args, **kwargs)) is not None:
+        looked = func is F.scaled_dot_product_attention and not torch.compiler.is_compiling()   # a compiled part has torch's
+        if looked and (got := _attend(*args, **kwargs)) is not None:
             return got
         return func(*args, **kwargs)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
             scale: float | None = None, enable_gqa: bool = False) -> Tensor | None:
-    """By our kernel, [B, heads, S, D] as torch has it; None where that does not serve."""
-    if is_causal is not True or attn_mask is not None or dropout_p or query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+    """By our kernel, [B, heads, S, D] with the strides that torch's flash kernel leaves, [B, S, heads, D] in memory; None where that does
+    not serve, or a context (sdpa_kernel) has switched flash kernels off."""
+    given = query, key, value
+    if is_causal is not True or attn_mask is not None or dropout_p or not torch.backends.cuda.flash_sdp_enabled():
+        return None
+    if any(type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.dim() != 4 for x in given) or key.shape != value.shape:
         return None
     (B, H, S, D), G = query.shape, key.shape[1]
-    if key.shape != (B, G, S, D) or not G or (H % G if enable_gqa else H != G) or not query.dtype == key.dtype == value.dtype:
+    if key.shape != (B, G, S, D) or not G or (H % G if enable_gqa else H != G):
         return None
-    q, k, v = (x.permute(2, 0, 1, 3) for x in (query, key, value))
-    if any(type(x) not in (Tensor, nn.Parameter) for x in (query, key, value)) or not ours(q, k, v):
+    if torch.is_autocast_enabled("cpu") and all(x.dtype != torch.float64 for x in given):   # as it casts for torch's function
+        given = tuple(x.to(torch.get_autocast_dtype("cpu")) if x.is_floating_point() else x for x in given)
+    q, k, v = (x.permute(2, 0, 1, 3) for x in given)
+    if not q.dtype == k.dtype == v.dtype or not ours(q, k, v):
         return None
-    return attention(q, k, v, scale).permute(1, 2, 0, 3)
+    return attention(q, k, v, scale).transpose(0, 1).contiguous().transpose(1, 2)   # the copy that a caller's reshape is then spared
 
 
 class Attention(fused.Fused):

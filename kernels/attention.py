@@ -83,7 +83,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         raise ValueError(f"attention: q must be [S, B, H, D], k and v [S, B, G, D], got {list(q.shape)}, {list(k.shape)} and "
                          f"{list(v.shape)}; a shorter q, or another width of v, is for scaled_dot_product_attention")
     if not k.shape[2] or q.shape[2] % k.shape[2]:
-        raise ValueError(f"attention: the heads of q must be a multiple of those of k and v, got {q.shape[2]} and {k.shape[2]}")
+        raise ValueError(f"attention: the heads of q must be a multiple of those of k and v, got {q.shape[2]} and {k.shape[2]}; each head "
+                         "of k and v serves as many of q")
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device or not q.is_floating_point():
         raise ValueError("attention: q, k and v must have one floating dtype and device, got "
                          f"{', '.join(f'{x.dtype} on {x.device}' for x in (q, k, v))}; cast or move them")

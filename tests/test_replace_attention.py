@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import interlace
 from interlace.dropin import attention as dropin
@@ -84,6 +85,65 @@ def test_other_dtypes(ran):
     assert len(ran) == 1
     assert torch.equal(model.double()(x.double()), stock.double()(x.double())) and len(ran) == 1
     assert not interlace.replace_(stock, kernels="attention").replaced
+
+
+class Plain(nn.Module):
+    """No product that autocast would cast before the call; heads of one token side by side again, in memory as torch's kernel leaves them."""
+
+    def forward(self, x):
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return y.transpose(1, 2).view(-1, 32)
+
+
+def test_autocast_casts_what_comes_in_fp32(ran):
+    """As in torch's function, one dtype whatever came: rotated q and k are fp32 beside v in bf16."""
+    model, x = Plain(), torch.randn(2, 70, 32, requires_grad=True)
+    stock = Plain()
+    interlace.replace_(model, kernels="attention")
+    grads = []
+    for m in (model, stock):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = m(x)
+        assert y.dtype == torch.bfloat16
+        grads.append(torch.autograd.grad(y.float().square().sum(), x)[0])
+    assert len(ran) == 1
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)
+    with dropin.Causal(), torch.autocast("cpu", torch.bfloat16):
+        q = torch.randn(1, 2, 64, 8)
+        assert F.scaled_dot_product_attention(q, q, q.bfloat16(), is_causal=True).dtype == torch.bfloat16 and len(ran) == 2
+
+
+def test_the_result_lies_in_memory_as_torchs(ran):
+    model, x = Plain(), torch.randn(3, 70, 32)
+    stock = Plain()
+    interlace.replace_(model, kernels="attention")
+    torch.testing.assert_close(model(x), stock(x))
+    assert len(ran) == 1
+
+
+def test_with_flash_kernels_switched_off_it_is_torchs(ran):
+    """torch's math has a second derivative, and who asks for it by sdpa_kernel gets it."""
+    model, x = Block(), torch.randn(1, 64, 32, requires_grad=True)
+    stock = copy.deepcopy(model)
+    interlace.replace_(model, kernels="attention")
+    with sdpa_kernel(SDPBackend.MATH):
+        first = [torch.autograd.grad(m(x).square().sum(), x, create_graph=True)[0] for m in (model, stock)]
+        assert torch.equal(*(torch.autograd.grad(g.square().sum(), x)[0] for g in first)) and not ran
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        model(x)
+    assert len(ran) == 1
+
+
+def test_a_compiled_part_and_nested_tensors_are_torchs(ran):
+    q = torch.randn(1, 2, 64, 8)
+    part = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True) * 2, backend="aot_eager", fullgraph=True)
+    with dropin.Causal():
+        torch.testing.assert_close(part(q), 2 * F.scaled_dot_product_attention(q, q, q, is_causal=True))
+        assert len(ran) == 1
+        ragged = torch.nested.nested_tensor([q[0], q[0, :, :9]])
+        with pytest.raises(RuntimeError, match="Nested tensors .* not supported when is_causal=True"):
+            F.scaled_dot_product_attention(ragged, ragged, ragged, is_causal=True)
 
 
 def test_a_mask_and_a_shorter_query_are_torchs(ran):
