@@ -54,8 +54,9 @@ class ClampedExperts(Fused):
         z = grouped_gemm(x, w13, plan.offsets, plan, transposed=True)
         a = clamped_swiglu(z, b13, plan.offsets, permute(x[:, :0], plan, weights)[1], *self._interlace.clamp)
         y = grouped_gemm(a, w2, plan.offsets, transposed=True)
-        spread = weights.new_zeros(len(x), E + 1).scatter(1, router_indices.where(there, E).long(), weights)[:, :E]
-        return unpermute(y, plan, shared=spread.to(x.dtype) @ b2)
+        spread = weights.new_zeros(len(x), E + 1).scatter_add(1, router_indices.where(there, E).long(), weights)[:, :E]
+        with torch.autocast(x.device.type, enabled=False):            # whose product would come in another dtype than y
+            return unpermute(y, plan, shared=spread.to(x.dtype) @ b2)
 
 
 def recognise_experts(module: nn.Module) -> tuple[type, Change] | str | None:

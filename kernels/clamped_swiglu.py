@@ -168,14 +168,15 @@ def clamped_swiglu(z: Tensor, bias: Tensor | None = None, offsets: Tensor | None
       offsets[e] .. offsets[e+1] - 1; probs [R] floating; alpha; limit: g stays below it, u within -limit and limit.
     Returns: y [R, F]. Raises: ValueError where shapes, dtypes or devices disagree.
     """
-    if z.ndim != 2 or z.shape[1] % 2:
-        raise ValueError(f"clamped_swiglu: z must be [R, 2F], pairs of gate and up, got {list(z.shape)}")
+    if z.ndim != 2 or z.shape[1] % 2 or not z.is_floating_point():
+        raise ValueError(f"clamped_swiglu: z must be floating [R, 2F], pairs of gate and up, got {z.dtype} {list(z.shape)}; flatten tokens "
+                         "into rows, and lay gate and up side by side")
     if (bias is None) != (offsets is None):
         raise ValueError("clamped_swiglu: bias and offsets must come together, got one of them; offsets of [0, R] give all rows one bias")
     if bias is not None and offsets is not None:
         if bias.ndim != 2 or bias.shape[1] != z.shape[1] or bias.dtype != z.dtype or bias.device != z.device:
             raise ValueError(f"clamped_swiglu: bias must be [E, {z.shape[1]}] {z.dtype} on {z.device} like z, "
-                             f"got {list(bias.shape)} {bias.dtype} on {bias.device}")
+                             f"got {list(bias.shape)} {bias.dtype} on {bias.device}; cast or move it")
         if list(offsets.shape) != [len(bias) + 1] or offsets.dtype != torch.int32 or offsets.device != z.device:
             raise ValueError(f"clamped_swiglu: offsets must be int32 [{len(bias) + 1}], one more than there are experts, on {z.device}, "
                              f"got {offsets.dtype} {list(offsets.shape)} on {offsets.device}; take them from route_plan")
@@ -183,7 +184,7 @@ def clamped_swiglu(z: Tensor, bias: Tensor | None = None, offsets: Tensor | None
     if probs is not None:
         if probs.shape != z.shape[:1] or not probs.is_floating_point() or probs.device != z.device:
             raise ValueError(f"clamped_swiglu: probs must be floating {list(z.shape[:1])}, one for each row, on {z.device}, "
-                             f"got {probs.dtype} {list(probs.shape)} on {probs.device}")
+                             f"got {probs.dtype} {list(probs.shape)} on {probs.device}; take them from permute")
         probs = probs.to(torch.float64 if z.dtype == torch.float64 else torch.float32).contiguous()
     if not fused(z):
         return clamped_swiglu_ref(z, bias, offsets, probs, alpha, limit)

@@ -80,7 +80,9 @@ def test_in_float64_is_exact():
 
 def test_misuse_is_refused(device):
     z, bias, offsets, p, _ = _data((6, 4, 3), device)
-    for args, words in (((z[:, :7],), "pairs of gate and up"), ((z, bias), "must come together"), ((z, bias[:, :4], offsets), r"\[E, 8\]"),
+    for args, words in (((z[:, :7],), "pairs of gate and up"),
+                        ((z.int(),), r"floating .*, got torch.int32 \[6, 8\]; "), ((z, bias), "must come together"),
+                        ((z, bias[:, :4], offsets), r"\[E, 8\]"),
                         ((z, bias.double(), offsets), "float64"), ((z, bias, offsets.long()), r"int32 \[4\]"),
                         ((z, None, None, p[:3]), r"floating \[6\]")):
         with pytest.raises(ValueError, match="clamped_swiglu: .*" + words):

@@ -46,6 +46,32 @@ def test_equals_stock_in_float64(name):
     close(step(model, batch), want, 0)
 
 
+@pytest.mark.skipif(not STACKED, reason="experts are modules each")
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_experts_under_autocast(name):
+    """Their products stay in the weights' fp32, gradients and all: nearer to fp32 than stock's in bf16."""
+    model, batch = make(name, torch.float32), sample()
+    stock = twin(model)
+    assert interlace.replace_(model, kernels=["clamped_swiglu", "expert_mlp"]).replaced
+    truth = step(stock, batch)
+    got = []
+    for m in (model, stock):
+        with torch.autocast("cpu", torch.bfloat16):
+            got.append(step(m, batch))
+    error = lambda one: sum(float((one[n].float() - t.float()).norm() / t.norm().clamp(min=1e-3)) for n, t in truth.items())  # noqa: E731
+    assert got[0].keys() == truth.keys() and error(got[0]) <= 1.2 * error(got[1])
+
+
+@pytest.mark.skipif(not STACKED, reason="experts are modules each")
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_an_expert_chosen_twice_counts_twice(name):
+    experts = make(name).model.layers[0].mlp.experts
+    stock, x, ids = twin(experts), torch.randn(3, 32).double(), torch.tensor([[2, 2], [0, 2], [3, 3]])
+    assert interlace.replace_(experts).replaced
+    weights = torch.tensor([[0.5, 0.25]]).double().expand(3, 2)
+    torch.testing.assert_close(experts(x, ids, weights), stock(x, ids, weights))
+
+
 QUICK = ("cohere", "ernie4_5_moe", "exaone4", "glm4_moe", "granitemoe", "olmo3", "phimoe", "qwen2_moe", "starcoder2")
 
 
