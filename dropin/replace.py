@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..parallel.errors import nearest, raise_problems
 from ..parallel.mesh import Axis, Mesh
@@ -114,7 +115,9 @@ def _put(model: nn.Module, todo: list[tuple[Any, type, Change]], layers: _Plan, 
 
 def restore_(model: nn.Module) -> None:
     """Undo replace_: the original classes and loss function, the same Parameter objects with the same bits. Parameters that were split
-    are gathered, with their gradients: every rank of tp calls it."""
+    are gathered, with their gradients: every rank of tp calls it. Raises: ValueError for weights on meta, or parametrized since."""
+    raise_problems("restore_", [f"{n} must have the class that replace_ gave it, got {type(m).__name__}; remove its parametrizations first"
+                                for n, m in model.named_modules() if isinstance(m, Fused) and is_parametrized(m)])
     if hasattr(model, "_interlace_tp"):
         empty = [n for n, p in model.named_parameters() if p.is_meta][:1]
         raise_problems("restore_", [f"a split model must hold its weights, got {n} on meta; load them first" for n in empty])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from budget import check_budget
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import interlace
@@ -476,3 +477,25 @@ def test_linear_layers_go_back_before_a_mesh_cuts_them(ran):
     interlace.replace_(model)
     with pytest.raises(ValueError, match=r"mesh of \{'tp': 2\} needs linear layers as they were, got gemm in 0 and 3 more; call restore_"):
         interlace.replace_(model, Mesh(tp=Axis("tp", 2, 0)))
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+def test_restore_refuses_what_was_parametrized_since():
+    """torch puts a class of its own before ours: without it the weight is gone."""
+    model, x = nn.Sequential(nn.RMSNorm(8), nn.LayerNorm(8)), torch.randn(3, 8)
+    want = model(x)
+    interlace.replace_(model)
+    classes = [type(m) for m in model]
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+    torch.testing.assert_close(model[0](x), 2 * F.rms_norm(x, (8,)))
+    with pytest.raises(ValueError, match="restore_: 0 must have the class .*, got ParametrizedFusedRMSNorm; remove its param"):
+        interlace.restore_(model)
+    assert type(model[1]) is classes[1]
+    parametrize.remove_parametrizations(model[0], "weight", leave_parametrized=False)
+    assert [type(m) for m in model] == classes
+    interlace.restore_(model)
+    assert type(model[0]) is nn.RMSNorm and torch.equal(model(x), want)
