@@ -88,7 +88,7 @@ def test_other_dtypes(ran):
 
 
 class Plain(nn.Module):
-    """No product that autocast would cast before the call; heads of one token side by side again, in memory as torch's kernel leaves them."""
+    """No product that autocast would cast before the call; the result is looked at as rows, which torch's kernel leaves in memory."""
 
     def forward(self, x):
         q = x.unflatten(-1, (4, 8)).transpose(1, 2)
@@ -142,7 +142,7 @@ def test_a_compiled_part_and_nested_tensors_are_torchs(ran):
         torch.testing.assert_close(part(q), 2 * F.scaled_dot_product_attention(q, q, q, is_causal=True))
         assert len(ran) == 1
         ragged = torch.nested.nested_tensor([q[0], q[0, :, :9]])
-        with pytest.raises(RuntimeError, match="Nested tensors .* not supported when is_causal=True"):
+        with pytest.raises(RuntimeError, match=r"Nested tensors .* not supported when is_causal=True"):
             F.scaled_dot_product_attention(ragged, ragged, ragged, is_causal=True)
 
 
