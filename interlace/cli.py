@@ -129,6 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns its exit status. argparse itself exits on --help (0) and a bad flag value (2)."""
     _open_streams()
     parser = _parser()
+    if word := _no_command(sys.argv[1:] if argv is None else argv):
+        print(f"interlace: {word}", file=sys.stderr, flush=True)
+        return 2
     args, loose = parser.parse_known_args(argv)
     try:
         _no_strangers(parser, args, loose)
@@ -165,6 +168,15 @@ def _open_streams() -> None:
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if fd else "r", encoding="utf-8"))
+
+
+def _no_command(argv: list[str]) -> str:
+    """What to say of a first word that is no command, "" where it is one: argparse would name them all, and no near one."""
+    word = argv[0] if argv else ""
+    if not word or word.startswith("-") or word in _COMMANDS:
+        return ""
+    close = nearest(word, _COMMANDS)
+    return f"unknown command {word}; " + (f"did you mean {close}?" if close else f"commands are {', '.join(_COMMANDS)}")
 
 
 def _no_strangers(parser: argparse.ArgumentParser, args: argparse.Namespace, loose: list[str]) -> None:

@@ -445,14 +445,12 @@ def _unknown(key: str) -> str:
     """Nearest key: in the section the user named, then by its last word in any section, then by the whole."""
     section, _, last = key.rpartition(".")
     here = {k.rsplit(".", 1)[1]: k for k in _KEYS if k.rsplit(".", 1)[0] == section}
-    words = {k.rsplit(".", 1)[1]: k for k in _KEYS}
+    words, sections = {k.rsplit(".", 1)[1]: k for k in _KEYS}, [s for s in _SECTION.values() if s]
     near = last if last in words else nearest(last, [*here, *ALIASES] if section == "model" else here)
     near = near or nearest(last, words)
-    close = here.get(near) or ALIASES.get(near) or words[near] if near else nearest(key, _KEYS)
+    close = here.get(near) or ALIASES.get(near) or words[near] if near else nearest(key, [*_KEYS, *sections, *ALIASES])
     if close:
         return f"unknown key {key}; did you mean {close}?"
     if here:
         return f"unknown key {key}; section {section} has: {', '.join(here)}"
-    sections = [s for s in _SECTION.values() if s]
-    close = nearest(key, [*sections, *ALIASES])
-    return f"unknown key {key}; {f'did you mean {close}? ' if close else ''}sections are {', '.join(sections)}"
+    return f"unknown key {key}; sections are {', '.join(sections)}"

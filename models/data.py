@@ -58,7 +58,7 @@ def default_files() -> list[Path]:
 
 def check_paths(paths: Sequence[str]) -> None:
     """Raise one UserError that names every path that is neither file nor folder. For the parent, before any rank."""
-    raise_problems("data.paths", [f"must be files and folders that exist, got {p}" for p in paths
+    raise_problems("data", [f"data.paths must be files and folders that exist, got {p}" for p in paths
                                   if not (Path(p).is_file() or Path(p).is_dir())])
 
 

@@ -446,7 +446,7 @@ def explain(config: Config, world: int, vocab_size: int | None = None) -> str:
         if not rows and axis not in ("tp", "dp"):
             continue
         whole = human(sum(x.bytes for x in rows))
-        lines += ["", f"sent by each rank in a step, over {axis}: {whole}" + ", for there is one rank" * (getattr(layout, axis) == 1)]
+        lines += ["", f"sent by each rank in a step, over {axis}: {whole}" + ", for there is one rank" * (not rows)]
         lines += [f"    {x.cause:<40}{x.op:<16}{x.calls:>7,} x {human(x.bytes / x.calls):>10} {human(x.bytes):>12}" for x in rows]
         if axis == "ep":
             lines.append(f"    (balanced routing: a token goes to {remote_rows(m, layout.ep):.2f} other ranks in the mean)")

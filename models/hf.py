@@ -282,6 +282,8 @@ def from_hf(source: Path, out: Path) -> str:
     architecture, words = from_config(c)
     if (out / "checkpoints").exists():
         raise UserError(f"convert: --out must be a new folder, got {out}, which holds checkpoints; choose another")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"convert: --out must be a new folder, got {out}, which is a file; choose another")
     model = ModelConfig(**words)
     w = checkpoint.model_words(Config(model=model), model.vocab_size or 0)
     table, shapes = rows(architecture, w), dict(parameters(w))

@@ -68,6 +68,8 @@ def test_closed_streams(streams):
 
 
 @pytest.mark.parametrize("words, wanted", [
+    (["trian", "tp=2"], "unknown command trian; did you mean train?"),
+    (["tp=2"], "unknown command tp=2; commands are train, verify, explain, generate, convert, bench, doctor"),
     (["train", "model.num_layer=3"], "did you mean model.num_layers?"),
     (["train", "tp=two"], "must be a whole number, got 'two'"),
     (["train", "--config", "/nope.yaml"], "--config must be a YAML file that can be read, got /nope.yaml"),

@@ -65,6 +65,7 @@ def test_losses_that_balance_experts():
     ("model.num_layer=3", "did you mean model.num_layers"),
     ("model.lr=3", "did you mean optim.lr"),                          # the right word in the wrong section
     ("max_steps=3", "did you mean trainer.max_steps"),
+    ("optm=3", "did you mean optim?"),                                # a section, not a key of it
     ("model.sequence_parallelism=true", "did you mean model.sequence_parallel"),
     ("optim.sched.warmup=3", "did you mean optim.sched.warmup_steps"),
     ("model.zzz=3", "section model has: num_layers"),

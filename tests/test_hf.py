@@ -209,6 +209,7 @@ def test_bad_files_and_places(tmp_path):
     for call, words in (
             (lambda: hf.to_hf(tmp_path / "run", tmp_path / "hf"), "--to-hf must be a new or empty folder"),
             (lambda: hf.from_hf(tmp_path / "hf", tmp_path / "run"), "--out must be a new folder"),
+            (lambda: hf.from_hf(tmp_path / "hf", tmp_path / "hf" / "config.json"), "which is a file; choose another"),
             (lambda: hf.to_hf(tmp_path / "nowhere", tmp_path / "x"), "train first"),
             (lambda: hf.from_hf(tmp_path / "nowhere", tmp_path / "x"), "must be a folder with config.json")):
         with pytest.raises(UserError, match=words):
