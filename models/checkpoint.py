@@ -281,10 +281,11 @@ def find(out: Path) -> Path | None:
     pointer = out / "checkpoints" / "latest"
     if not pointer.exists():
         return None
-    folder = pointer.parent / pointer.read_text(errors="replace").strip()
+    name = pointer.read_text(errors="replace").strip()
+    folder = pointer.parent / name
     if folder.parent != pointer.parent or not (folder / "state.json").exists():
         others = sorted(p.name for p in pointer.parent.glob("step-*"))
-        raise UserError(f"checkpoint: {pointer} names {folder.name}, which is not complete; write one of {others} into it, "
+        raise UserError(f"checkpoint: {pointer} names {name!r}, which is not complete; write one of {others} into it, "
                         "or use another --out")
     return folder
 

@@ -147,9 +147,10 @@ def test_latest_must_name_a_complete_one(saved):
     (checkpoint.find(out) / "state.json").unlink()
     with pytest.raises(UserError, match="not complete"):
         checkpoint.find(out)
-    (out / "checkpoints" / "latest").write_text("../../etc")
-    with pytest.raises(UserError, match="not complete"):
-        checkpoint.find(out)
+    for text in ("../../etc", ""):                                    # an empty one too is named as it stands
+        (out / "checkpoints" / "latest").write_text(text)
+        with pytest.raises(UserError, match=f"latest names '{text}', which is not complete"):
+            checkpoint.find(out)
     shutil.rmtree(out / "checkpoints")
     assert checkpoint.find(out) is None
 

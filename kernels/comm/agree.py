@@ -51,7 +51,7 @@ def choose_path(op: str, rows: int, cols: int, inner: int, x: Tensor, group: Gro
 
 
 def paths_taken(callers: Mapping[tuple[str, int, int, bool], Iterable[str]] | None = None) -> list[str]:
-    """A line for every op, size and type this process has run over more than one rank: which path, and why.
+    """A line for every op that has paths to choose from, size and type this process has run over more than one rank: which, and why.
 
     Since `forget_paths`. callers: who makes a call of (op, columns, K, whether it gathers x too), to stand before it."""
     return [path_line(op, rows, cols, inner, whole, dtype, world, path, (callers or {}).get((op, cols, inner, whole), ()))
