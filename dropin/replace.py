@@ -117,7 +117,7 @@ def restore_(model: nn.Module) -> None:
     """Undo replace_: the original classes and loss function, the same Parameter objects with the same bits. Parameters that were split
     are gathered, with their gradients: every rank of tp calls it. Raises: ValueError for weights on meta, or parametrized since."""
     raise_problems("restore_", [f"{n} must have the class that replace_ gave it, got {type(m).__name__}; remove its parametrizations first"
-                                for n, m in model.named_modules() if isinstance(m, Fused) and is_parametrized(m)])
+                                for n, m in model.named_modules() if is_parametrized(m) and isinstance(m, Fused)])
     if hasattr(model, "_interlace_tp"):
         empty = [n for n, p in model.named_parameters() if p.is_meta][:1]
         raise_problems("restore_", [f"a split model must hold its weights, got {n} on meta; load them first" for n in empty])
