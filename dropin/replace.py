@@ -14,6 +14,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -129,6 +130,9 @@ def restore_(model: nn.Module) -> None:
     for module in model.modules():
         change = vars(module).get("_interlace")
         if isinstance(module, Fused) and change is not None:
+            for name, held in vars(module).items():                   # accelerate's hooks keep the bound forward that they found
+                if getattr(held, "__func__", None) is type(module).forward:
+                    vars(module)[name] = MethodType(change.original.forward, module)
             module.__class__ = change.original
             del module._interlace
     if isinstance(loss := getattr(model, "loss_function", None), CausalLoss):

@@ -330,3 +330,20 @@ def test_eight_layers_twice_and_back():
     interlace.restore_(model)
     assert [type(m) for m in model.modules()] == classes and all(torch.equal(v, bits[n]) for n, v in model.state_dict().items())
     print(f"replace_ took {spent:.2f} s")
+
+
+def test_restored_beneath_and_after_accelerates_hooks():
+    """They keep the forward that they find on the instance, and leave it there when they go."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, batch = make("llama", torch.float32), sample()
+    want = model(**batch).logits
+    interlace.replace_(model)
+    attention, norm = model.model.layers[0].self_attn, model.model.norm
+    for m in (attention, norm):
+        hooks.add_hook_to_module(m, hooks.ModelHook())
+    torch.testing.assert_close(model(**batch).logits, want)
+    hooks.remove_hook_from_module(norm)
+    interlace.restore_(model)
+    assert not any(isinstance(m, Fused) for m in model.modules()) and torch.equal(model(**batch).logits, want)
+    hooks.remove_hook_from_module(attention)
+    assert torch.equal(model(**batch).logits, want)
