@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..dispatch import INTERPRET
+from ..dispatch import INTERPRET, traced
 from . import multicast_ar, triton_ag, triton_ar, triton_moe, triton_rs
 from .agree import choose_path
 from .choose import KERNELS, MULTICAST, Path
@@ -105,12 +105,15 @@ def scattered_norm(partial: Tensor, residual: Tensor, weight: Tensor, bias: Tens
     return h.view(residual.shape), y.view(residual.shape), torch.empty_like(mean[:0]) if bias is None else mean, rstd
 
 
+def _room(x: Tensor, plan: DispatchPlan) -> int:
+    """Bytes that a pad of the plan's group may have; 0 under a tracer, which follows torch.distributed's all-to-all instead."""
+    return 0 if plan.group is None or not plan.most or not x.shape[1] or traced() else pad_room(x, plan.group)
+
+
 def _rows_pad(op: str, rows: int, x: Tensor, plan: DispatchPlan, indices: int = 0) -> Pad | None:
     """The pad of a dispatch or combine whose ranks leave up to `rows` rows; None where none can be had, or it would be too large."""
     needs = triton_moe.needs(rows, x.shape[1], x.dtype, indices)
-    if plan.group is None or not plan.most or 2 * needs[0] > pad_room(x, plan.group):
-        return None
-    return _pad(op, needs, x, plan.group)
+    return _pad(op, needs, x, plan.group) if 0 < 2 * needs[0] <= _room(x, plan) else None
 
 
 def dispatched(x: Tensor, plan: DispatchPlan) -> Tensor | None:
@@ -121,7 +124,7 @@ def dispatched(x: Tensor, plan: DispatchPlan) -> Tensor | None:
 
 def combined(y: Tensor, plan: DispatchPlan, residual: Tensor | None) -> Tensor | None:
     """combine(y), None where no kernel serves it."""
-    if plan.group is None or not pad_room(y, plan.group):             # before `largest` reads the device
+    if not _room(y, plan):                                            # before `largest` reads the device
         return None
     step = 1 << max(0, plan.largest.bit_length() - 3)                 # the pad must not grow at every new maximum
     pad = _rows_pad("combine", -(-plan.largest // step) * step, y, plan, plan.ids.numel())
