@@ -448,7 +448,7 @@ def _unknown(key: str) -> str:
     words, sections = {k.rsplit(".", 1)[1]: k for k in _KEYS}, [s for s in _SECTION.values() if s]
     near = last if last in words else nearest(last, [*here, *ALIASES] if section == "model" else here)
     near = near or nearest(last, words)
-    close = here.get(near) or ALIASES.get(near) or words[near] if near else nearest(key, [*_KEYS, *sections, *ALIASES])
+    close = here.get(near) or ALIASES.get(near) or words[near] if near else nearest(key, _KEYS if here else [*_KEYS, *sections, *ALIASES])
     if close:
         return f"unknown key {key}; did you mean {close}?"
     if here:
