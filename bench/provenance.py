@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from ..kernels.dispatch import tune_malloc
+from ..kernels.dispatch import ONEDNN_ISA, tune_malloc
 
 __all__ = ["Neighbours", "busy", "machine", "provenance"]
 
 PEERS = ("liger-kernel", "transformer-engine", "deepspeed", "megatron-core", "triton-kernels", "quack-kernels", "flash-attn")
 # Rows are written into the tree they are measured from: those alone do not make it another one.
 STATUS = ("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)bench/results")
-SHOWN = ("OMP_", "MKL_", "KMP_", "TRITON_", "NCCL_", "GLOO_", "CUDA_", "TORCH_", "INTERLACE_")
+SHOWN = ("OMP_", "MKL_", "KMP_", "TRITON_", "NCCL_", "GLOO_", "CUDA_", "TORCH_", "INTERLACE_", "ONEDNN_", "DNNL_", "ATEN_")
 
 
 def _read(path: str) -> str:
@@ -32,13 +32,14 @@ def _read(path: str) -> str:
 
 @functools.cache
 def machine() -> str:
-    """A folder name for this machine: GPU or CPU model and core count."""
+    """A folder name for this machine: GPU or CPU model, core count, and what oneDNN is held to: then it multiplies as another CPU does."""
     if torch.cuda.is_available():
         name = f"{torch.cuda.get_device_name()} x{torch.cuda.device_count()}"
     else:
         lines = _read("/proc/cpuinfo").splitlines()
         name = next((ln.split(":")[1] for ln in lines if ln.startswith("model name")), platform.processor() or "cpu")
         name = f"{name} {os.cpu_count()}c {'avx512' if any('avx512f' in ln for ln in lines) else 'avx2'}"
+        name += f" onednn {ONEDNN_ISA}" if ONEDNN_ISA else ""
     return "-".join("".join(c if c.isalnum() else " " for c in name).split()).lower()
 
 

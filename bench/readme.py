@@ -70,8 +70,9 @@ CELLS = {                                                             # how the 
     "`all_gather`": "{cpu/collectives/all_gather/2^18/torch eager/fwd/float32}, "
                     "{cpu/collectives/reduce_scatter/2^18/torch eager/fwd/float32} of gloo",
     "`gemm_ar`": "{quick/gemm_ar/gemm_ar/small/torch eager}, {quick/gemm_rs/gemm_rs/small/torch eager}, "
-                 "{quick/gemm_rs/ag_gemm/small/torch eager}; `gemm_ar` at 2048 x 2048 x 1024, fp32: "
-                 "{cpu/gemm_ar/gemm_ar/large/torch eager/fwd+bwd/float32}",
+                 "{quick/gemm_rs/ag_gemm/small/torch eager}; at 2048 x 2048 x 1024 "
+                 "{cpu/gemm_ar/gemm_ar/large/torch eager}, {cpu/gemm_rs/gemm_rs/large/torch eager}, "
+                 "{cpu/gemm_rs/ag_gemm/large/torch eager}",
     "`rs_residual_norm`": "{quick/rs_residual_norm/rs_residual_rms_norm/small/torch eager}",
     "`dispatch_plan`": "{cpu/dispatch/dispatch/mixtral/torch eager}, {cpu/dispatch/dispatch/fine/torch eager}",
     "a step of transformers' Llama": "{cpu/replace/replace/llama/torch eager} (vocabulary 32000), "

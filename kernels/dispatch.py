@@ -34,11 +34,13 @@ except ImportError:                                                   # no wheel
 
     triton = tl = _Absent()
 
-__all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "ONE_PASS", "TILES", "build_info", "cpu_flags", "define", "differentiable",
-           "fused", "not_built", "once", "row_programs", "row_warps", "tl", "traced", "transformed", "triton", "tune_malloc"]
+__all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "ONEDNN_ISA", "ONE_PASS", "TILES", "build_info", "cpu_flags", "define",
+           "differentiable", "fused", "multiplies", "not_built", "once", "row_programs", "row_warps", "tl", "traced", "transformed",
+           "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
+ONEDNN_ISA = os.environ.get("ONEDNN_MAX_CPU_ISA", "").lower().replace("default", "")   # holds torch's products to older instructions
 _HERE = Path(__file__).parent
 LIB = torch.library.Library("interlace", "DEF")
 CUDA_ONLY: list[str] = []                                             # the ops that csrc/cuda alone computes
@@ -58,6 +60,12 @@ def cpu_flags() -> frozenset[str]:
         return frozenset(next(ln.split(":")[1] for ln in lines if ln.startswith("flags")).split())
     except (OSError, StopIteration):
         return frozenset()
+
+
+def multiplies(kind: str) -> bool:
+    """Whether torch's products on this CPU have instructions for "bf16" or "fp16"; without, they run at a tenth of fp32's rate."""
+    newer = ("fp16", "amx", "avx10", *([kind] if kind == "bf16" else []))   # the names of oneDNN's sets that have them
+    return bool(cpu_flags() & {f"avx512_{kind}", f"amx_{kind}"}) and (not ONEDNN_ISA or any(name in ONEDNN_ISA for name in newer))
 
 
 def _load_cpp() -> bool:

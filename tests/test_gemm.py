@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from interlace.kernels import dispatch
 from interlace.kernels.comm.gemm import _FAST, TILES, gemm, ready
 
 
@@ -29,6 +30,19 @@ def test_through_fp32_rounds_once(monkeypatch):
     a = torch.ones(1, 257, dtype=torch.bfloat16)
     a[0, 0] = 256
     assert gemm(a, torch.ones(257, 1, dtype=torch.bfloat16)).item() == 512
+
+
+ONEDNN = {"": (True, True), "avx2": (False, False), "avx2_vnni_2": (False, False), "avx512_core_vnni": (False, False),
+          "avx512_core_bf16": (True, False), "avx512_core_fp16": (True, True), "avx10_1_512": (True, True), "avx512_core_amx": (True, True)}
+
+
+@pytest.mark.parametrize("isa", ONEDNN)
+def test_torchs_products_are_held_to_what_onednn_may_use(isa, monkeypatch):
+    monkeypatch.setattr(dispatch, "ONEDNN_ISA", isa)
+    monkeypatch.setattr(dispatch, "cpu_flags", lambda: frozenset({"avx2", "avx512_bf16", "avx512_fp16"}))
+    assert (dispatch.multiplies("bf16"), dispatch.multiplies("fp16")) == ONEDNN[isa]
+    monkeypatch.setattr(dispatch, "cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
+    assert not dispatch.multiplies("bf16") and not dispatch.multiplies("fp16")
 
 
 def test_double_is_torchs():

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..dispatch import TILES, cpu_flags, define, traced, transformed
+from ..dispatch import TILES, define, multiplies, traced, transformed
 
 __all__ = ["FLOATS", "check_gemm", "flat", "gemm", "pays", "ready", "slow", "torch_keeps"]
 
-_FAST = {torch.bfloat16: bool(cpu_flags() & {"avx512_bf16", "amx_bf16"}), torch.float16: bool(cpu_flags() & {"avx512_fp16", "amx_fp16"})}
+_FAST = {torch.bfloat16: multiplies("bf16"), torch.float16: multiplies("fp16")}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BLOCK = 1 << 20                                                       # bytes of the fp32 copies of a block of rows
 DEEP, PIECE = 8192, 2048                                              # an inner dimension that is cut, and into what
