@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.comm import all_gather, all_reduce, all_to_all, reduce_scatter
+from ..kernels.comm.collectives import gather_into, scatter_into
 from .cases import Case, Make, Way, Ways, grid
 from .explain import path
 from .peers.eager_comm import Collectives
@@ -119,8 +120,8 @@ def ways(case: Case, make: Make) -> Ways:
     y = torch.empty_like(exact[0], dtype=make.dtype)
     cost = {"nbytes": ((n + (n * t if at == "all_gather" else n // t if at == "reduce_scatter" else n)) * size, 0), "link": (sent, 0),
             "path": path(at, group, make.device, (n,), make.dtype)}
-    eager = {"all_gather": lambda: (dist.all_gather_into_tensor(y, x, group), y)[1],
-             "reduce_scatter": lambda: (dist.reduce_scatter_tensor(y, x, group=group), y)[1],
+    eager = {"all_gather": lambda: (gather_into(y, x, group), y)[1],
+             "reduce_scatter": lambda: (scatter_into(y, x, group=group), y)[1],
              "all_to_all": lambda: (dist.all_to_all_single(y, x, group=group), y)[1]}
     mine = {"all_gather": lambda: all_gather(x, group, out=y), "reduce_scatter": lambda: reduce_scatter(x, group, out=y),
             "all_to_all": lambda: all_to_all(x, group, out=y)}

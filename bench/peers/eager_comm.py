@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...kernels.comm.collectives import gather_into, scatter_into
+
 __all__ = ["Collectives"]
 
 
@@ -36,7 +38,7 @@ class Collectives:
     def all_gather(self, x: Tensor) -> Tensor:
         y = x.new_empty(x.shape[0] * self.size, *x.shape[1:])
         if self.size > 1:
-            dist.all_gather_into_tensor(y, x.contiguous(), self.group)
+            gather_into(y, x.contiguous(), self.group)
         else:
             y.copy_(x)
         return y
@@ -44,7 +46,7 @@ class Collectives:
     def reduce_scatter(self, x: Tensor) -> Tensor:
         y = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
         if self.size > 1:
-            dist.reduce_scatter_tensor(y, x.contiguous(), group=self.group)
+            scatter_into(y, x.contiguous(), group=self.group)
         else:
             y.copy_(x)
         return y

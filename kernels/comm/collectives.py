@@ -30,12 +30,13 @@ from .heap import CODES, LIB, SymmHeap, _heaps, heap_of
 from .pad import in_turn
 from .registry import Group, checked, group_size, register
 
-__all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "begin", "beside", "group_size", "reduce_scatter"]
+__all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "begin", "beside", "gather_into", "group_size", "reduce_scatter",
+           "scatter_into"]
 
 _OPS = {"sum": (0, dist.ReduceOp.SUM), "max": (1, dist.ReduceOp.MAX)}
 _unset = object()
-_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed them, and warns
-_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed them, and warns
+scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def _heap(x: Tensor, group: Group) -> SymmHeap | None:
@@ -126,7 +127,7 @@ def _all_gather(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
         if rc := LIB.interlace_all_gather(heap.handle, x.data_ptr(), y.data_ptr(), x.numel(), x.element_size(), _code(x)):
             heap.fail(rc)
     elif size > 1:
-        _gather_into(y, x, pg)
+        gather_into(y, x, pg)
     else:
         y.copy_(x)
     return y
@@ -145,7 +146,7 @@ def _reduce_scatter(x: Tensor, group: Group, out: Tensor | None = None) -> Tenso
         if rc := LIB.interlace_reduce_scatter(heap.handle, x.data_ptr(), y.data_ptr(), y.numel(), code):
             heap.fail(rc)
     elif size > 1:
-        _scatter_into(y, x, group=heap.group if heap is not None else pg)
+        scatter_into(y, x, group=heap.group if heap is not None else pg)
     else:
         y.copy_(x)
     return y
@@ -175,7 +176,7 @@ def begin(op: str, x: Tensor, group: Group) -> tuple[Tensor, Callable[[], object
     if op == "all_reduce":
         return x, dist.all_reduce(x, group=pg, async_op=True).wait
     y = x.new_empty(x.shape[0] * size if op == "all_gather" else x.shape[0] // size, *x.shape[1:])
-    return y, (_gather_into if op == "all_gather" else _scatter_into)(y, x, group=pg, async_op=True).wait
+    return y, (gather_into if op == "all_gather" else scatter_into)(y, x, group=pg, async_op=True).wait
 
 
 def beside(op: str, x: Tensor, group: Group, meanwhile: Callable[[], object] | None) -> Tensor:
