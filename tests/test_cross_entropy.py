@@ -60,6 +60,8 @@ def test_cross_entropy_kernel_matches(shape, dtype, device):
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_cross_entropy_stats_kernel_matches(dtype, device):
+    if device == "cuda" and dtype == torch.float64:
+        pytest.skip("no kernel")
     x, targets, _ = _data(9, 2100, device)
     targets[4] = -100
     for first, valid in ((0, 2100), (1000, 2000), (2100, 0), (5, 1)):
@@ -87,6 +89,8 @@ def test_slices_equal_the_whole(fn, pad, t, valids):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_cross_entropy_combine_kernel_matches(ranks, dtype, device):
     """As torch composes it, with an ignored row and one rank's slice of padding (-inf, 0, 0)."""
+    if device == "cuda" and dtype == torch.float64:
+        pytest.skip("no kernel")
     g = torch.Generator().manual_seed(0)
     stats = torch.stack((torch.randn(ranks, 300, generator=g) * 5, torch.rand(ranks, 300, generator=g) + 1,
                          torch.randn(ranks, 300, generator=g)), -1).to(device, dtype)

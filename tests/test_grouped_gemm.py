@@ -120,6 +120,8 @@ def test_nan_behind_the_experts_and_of_dropped_tokens_stays_there_kernel_matches
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_main_gradients_are_added_to_kernel_matches(dtype, device):
+    if device == "cuda" and dtype == torch.float64:
+        pytest.skip("no kernel")
     x, w, offsets, dy = case("empty experts", device, whole=True)
     start = torch.randn_like(w) if dtype != torch.float64 else torch.randn_like(w).double()
     start = (start * 8).round() / 8
