@@ -31,8 +31,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # A file whose imports are not all here is an error of its own, and the others run.
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--continue-on-collection-errors", "-m", "gpu"]
-# The tests mostly wait for Triton to compile. A file to a worker: what it compiled it uses again.
-PARALLEL = ["-n", "4", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
+# The tests mostly wait for Triton to compile, about a second a kernel, and the longest file has a hundred: no file to one worker alone.
+PARALLEL = ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2))), "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
 # One small shape of each kernel: under the sanitizer a launch costs a second.
 SMALL = ["tests/test_rms_norm.py", "tests/test_layer_norm.py", "tests/test_swiglu.py", "tests/test_rope.py", "tests/test_dropout.py",
          "tests/test_cross_entropy.py"]
