@@ -35,8 +35,8 @@ except ImportError:                                                   # no wheel
     triton = tl = _Absent()
 
 __all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "ONEDNN_ISA", "ONE_PASS", "TILES", "build_info", "cpu_flags", "define",
-           "differentiable", "fused", "multiplies", "not_built", "once", "row_programs", "row_warps", "tl", "traced", "transformed",
-           "triton", "tune_malloc"]
+           "differentiable", "fused", "multiplies", "not_built", "once", "row_programs", "row_warps", "stand_ins", "tl", "traced",
+           "transformed", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -126,6 +126,13 @@ def define(schema: str, launch: Callable | str, fake: Callable, everywhere: bool
 def traced() -> bool:
     """True where an op must be visible to a tracer: under torch.compile, or while any dispatch mode looks on."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def stand_ins() -> bool:
+    """True where tensors may have no data or be recorded: under torch.compile, FakeTensorMode and make_fx. Not where a mode only looks on,
+    as FlopCounterMode does, perhaps on one rank alone: what ranks must decide alike goes by this."""
+    key = torch._C._TorchDispatchModeKey
+    return torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(k) is not None for k in (key.FAKE, key.PROXY, key.FUNCTIONAL))
 
 
 def transformed() -> bool:

@@ -2,12 +2,16 @@
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from interlace.kernels import permute, route_plan, unpermute
 from interlace.kernels.comm import (
@@ -20,7 +24,7 @@ from interlace.kernels.comm import (
     dispatch_ref,
 )
 from interlace.kernels.comm.heap import LIB, keep_heap
-from interlace.kernels.dispatch import INTERPRET
+from interlace.kernels.dispatch import INTERPRET, stand_ins, traced
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -255,12 +259,36 @@ def _over_pads(rank, world):
         check(rank, Whole(world, dtype=(torch.float32, torch.bfloat16)[seed % 2], seed=seed, whole_numbers=True, **shape), dist.group.WORLD)
     _error_rule(rank, world, [torch.float16], 33)                     # interpreted, fp32 is cut to bfloat16, not rounded
     assert {"dispatch", "combine"} <= {op for _, op, *_ in _pads}, "the kernels should have run"
+    _one_rank_alone(rank, world)
+
+
+def _one_rank_alone(rank, world):
+    """What is a rank's own affair changes no other's path: a mode that looks on, a residual."""
+    whole = Whole(world, [6] * world, K=2, E=world, H=9, whole_numbers=True)
+    x, y, residual, ids = whole.mine(rank, "x", "y", "residual", "ids")
+    plan = dispatch_plan(ids, whole.E, dist.group.WORLD)
+    rows = dispatch(x, plan)
+    assert "largest" in vars(plan), "read before the experts run, not behind them"
+    o = combine(y, plan)
+    with FlopCounterMode(display=False) if rank == 0 else nullcontext():
+        assert torch.equal(dispatch(x, plan), rows) and torch.equal(combine(y, plan), o)
+    assert torch.equal(combine(y, plan, residual if rank == 0 else None), o + residual if rank == 0 else o)
 
 
 @pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("world", [2, 3])
 def test_dispatch_and_combine_kernel_matches(world):
     run(world, _over_pads, world)
+
+
+def test_a_mode_that_looks_on_makes_no_stand_ins():
+    with FlopCounterMode(display=False):
+        assert traced() and not stand_ins()
+    with FakeTensorMode():
+        assert stand_ins()
+    seen = []
+    make_fx(lambda x: (seen.append(stand_ins()), x + 1)[1])(torch.ones(2))
+    assert seen == [True] and not stand_ins()
 
 
 def test_one_rank_is_permute_and_unpermute():

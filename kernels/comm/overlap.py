@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..dispatch import INTERPRET, traced
+from ..dispatch import INTERPRET, stand_ins
 from . import multicast_ar, triton_ag, triton_ar, triton_moe, triton_rs
 from .agree import choose_path
 from .choose import KERNELS, MULTICAST, Path
@@ -107,7 +107,7 @@ def scattered_norm(partial: Tensor, residual: Tensor, weight: Tensor, bias: Tens
 
 def _room(x: Tensor, plan: DispatchPlan) -> int:
     """Bytes that a pad of the plan's group may have; 0 under a tracer, which follows torch.distributed's all-to-all instead."""
-    return 0 if plan.group is None or not plan.most or not x.shape[1] or traced() else pad_room(x, plan.group)
+    return 0 if plan.group is None or not plan.most or not x.shape[1] or stand_ins() else pad_room(x, plan.group)
 
 
 def _rows_pad(op: str, rows: int, x: Tensor, plan: DispatchPlan, indices: int = 0) -> Pad | None:
@@ -119,7 +119,10 @@ def _rows_pad(op: str, rows: int, x: Tensor, plan: DispatchPlan, indices: int = 
 def dispatched(x: Tensor, plan: DispatchPlan) -> Tensor | None:
     """dispatch(x), None where no kernel serves it."""
     pad = _rows_pad("dispatch", plan.most, x, plan)
-    return None if pad is None else triton_moe.dispatch(pad, x.contiguous(), plan.route.row_of_slot, plan.route.slot_of_row, plan.most)
+    if pad is None:
+        return None
+    _ = plan.largest                                                  # combine's, read before the experts: behind them the GPU would idle
+    return triton_moe.dispatch(pad, x.contiguous(), plan.route.row_of_slot, plan.route.slot_of_row, plan.most)
 
 
 def combined(y: Tensor, plan: DispatchPlan, residual: Tensor | None) -> Tensor | None:

@@ -163,7 +163,7 @@ def combine(pad: Pad, y: Tensor, residual: Tensor | None, ids: Tensor, row_of_sl
     """The sums of this rank's `tokens` tokens: y [R, H] contiguous; ids and row_of_slot [W * most, K] of all ranks' tokens, most > 0."""
     indices = row_of_slot.numel()
     pad.demand(*needs(len(y), y.shape[1], y.dtype, indices))
-    pad.agree(f"{list(ids.shape)} slots of {y.shape[1]} {y.dtype}, {experts} experts, residual {residual is not None}")
+    pad.agree(f"{list(ids.shape)} slots of {y.shape[1]} {y.dtype}, {experts} experts")
     _stage(pad, y, row_of_slot, indices, **control)
     return _sums(pad, y.new_empty(tokens, y.shape[1]), residual, ids, experts, **control)
 
