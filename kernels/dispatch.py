@@ -35,8 +35,8 @@ except ImportError:                                                   # no wheel
     triton = tl = _Absent()
 
 __all__ = ["CPP", "CUDA", "CUDA_ONLY", "INTERPRET", "LIB", "ONEDNN_ISA", "ONE_PASS", "TILES", "build_info", "cpu_flags", "define",
-           "differentiable", "fused", "multiplies", "not_built", "once", "row_programs", "row_warps", "stand_ins", "tl", "traced",
-           "transformed", "triton", "tune_malloc"]
+           "differentiable", "fused", "multiplies", "not_built", "on_its_gpu", "once", "row_programs", "row_warps", "stand_ins", "tl",
+           "traced", "transformed", "triton", "tune_malloc"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _REFERENCE_ONLY = os.environ.get("INTERLACE_KERNELS") == "reference"  # A/B any run against the references
@@ -119,8 +119,21 @@ def define(schema: str, launch: Callable | str, fake: Callable, everywhere: bool
         CUDA_ONLY.append(name)
     elif not isinstance(launch, str):
         for key in ("CompositeExplicitAutograd",) if everywhere else ("CUDA", "CPU") if INTERPRET else ("CUDA",):
-            LIB.impl(name, launch, key)
+            LIB.impl(name, launch if everywhere else on_its_gpu(launch), key)
     torch.library.register_fake(f"interlace::{name}", fake, lib=LIB)
+
+
+def on_its_gpu(launch: Callable) -> Callable:
+    """launch where its first CUDA tensor is: Triton takes the current GPU, which for a model over several GPUs is another."""
+    @functools.wraps(launch)
+    def run(*args):
+        tensors = (t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor))
+        device = next((t.device for t in tensors if t.device.type == "cuda"), None)
+        if device is None or device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
+    return run
 
 
 def traced() -> bool:

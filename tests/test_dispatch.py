@@ -2,7 +2,7 @@
 import subprocess
 import sys
 import textwrap
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -24,7 +24,7 @@ from interlace.kernels.comm import (
     dispatch_ref,
 )
 from interlace.kernels.comm.heap import LIB, keep_heap
-from interlace.kernels.dispatch import INTERPRET, stand_ins, traced
+from interlace.kernels.dispatch import INTERPRET, on_its_gpu, stand_ins, traced
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -289,6 +289,23 @@ def test_a_mode_that_looks_on_makes_no_stand_ins():
     seen = []
     make_fx(lambda x: (seen.append(stand_ins()), x + 1)[1])(torch.ones(2))
     assert seen == [True] and not stand_ins()
+
+
+def test_a_kernel_runs_on_the_gpu_of_its_tensors(monkeypatch):
+    """Of a model spread over several GPUs in one process; a list of tensors too."""
+    current = [0]
+
+    @contextmanager
+    def device(there):
+        current.append(there.index)
+        yield
+        current.pop()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    ran = on_its_gpu(lambda *args: current[-1])
+    with FakeTensorMode():
+        x, y, on_cpu = torch.empty(2, device="cuda:0"), torch.empty(2, device="cuda:1"), torch.empty(2)
+    assert [ran(x), ran(y, x), ran(2.0, None, on_cpu, [y]), ran([], on_cpu), ran()] == [0, 1, 1, 0, 0] and current == [0]
 
 
 def test_one_rank_is_permute_and_unpermute():

@@ -115,8 +115,9 @@ class Pad:
             self._handle = symm_mem.rendezvous(self.memory, self.group)  # type: ignore[arg-type]
         here = f"{_host()} {torch.cuda.get_device_properties(self.device).uuid}"
         self.share = _exchange(here, self.group).count(here)  # type: ignore[arg-type]
-        self.multicast = self._handle.multicast_ptr
-        return list(self._handle.buffer_ptrs)
+        begin = self.memory.data_ptr() - self._handle.buffer_ptrs[self.rank]   # 0 on torch 2.11; an allocator may put several in one block
+        self.multicast = self._handle.multicast_ptr and self._handle.multicast_ptr + begin
+        return [address + begin for address in self._handle.buffer_ptrs]
 
     def _ready(self, addresses: list[int], start: int) -> None:
         self.peers = torch.tensor(addresses, dtype=torch.int64, device=self.device)

@@ -28,13 +28,13 @@ def _copy(source, target, n, go, COPY: tl.constexpr):
         tl.store(target + offs, tl.load(source + offs, mask=offs < n), mask=offs < n)
 
 
-@triton.jit(do_not_specialize=["rank"])
-def _stage_kernel(x_ptr, index_ptr, peers_ptr, local_ptr, rank, data, nbytes, flags, start, n, indices, world, COPY: tl.constexpr,
+@triton.jit(do_not_specialize=["rank", "T"])                          # no binary of its own for what differs among ranks and batches
+def _stage_kernel(x_ptr, index_ptr, peers_ptr, local_ptr, rank, data, nbytes, flags, start, T, H, indices, world, COPY: tl.constexpr,
                   BUFFERS: tl.constexpr, BARRIER: tl.constexpr, RELEASE: tl.constexpr):
-    """The index at the buffer's begin, x from byte `start` on."""
+    """The index at the buffer's begin, the T rows of x from byte `start` on."""
     epoch, go = next_epoch(local_ptr), going(local_ptr)
     buffer = data + buffer_of(epoch, BUFFERS).to(tl.int64) * nbytes
-    _copy(x_ptr, cells(peers_ptr, rank, buffer + start, x_ptr.dtype.element_ty), n, go, COPY)
+    _copy(x_ptr, cells(peers_ptr, rank, buffer + start, x_ptr.dtype.element_ty), tl.full([], T, tl.int64) * H, go, COPY)
     _copy(index_ptr, cells(peers_ptr, rank, buffer, tl.int32), indices, go, COPY)
     if last(local_ptr, 0, tl.num_programs(0), BARRIER):
         signal_all(peers_ptr, rank, flag_word(0, rank, 0, world, flags), epoch, going(local_ptr), world, BARRIER, RELEASE)
@@ -49,7 +49,7 @@ def _all_came(peers_ptr, local_ptr, error_ptr, rank, epoch, limit, flags, world,
     return ok
 
 
-@triton.jit(do_not_specialize=["rank"])
+@triton.jit(do_not_specialize=["rank", "R"])
 def _rows_kernel(y_ptr, row_ptr, slot_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, data, nbytes, flags, most, K, H, R, world,
                  OP: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, BUFFERS: tl.constexpr, ACQUIRE: tl.constexpr):
     """A token is read once, however many of its experts are here."""
@@ -79,7 +79,7 @@ def _rows_kernel(y_ptr, row_ptr, slot_ptr, peers_ptr, local_ptr, error_ptr, rank
     finish(local_ptr, epoch)
 
 
-@triton.jit(do_not_specialize=["rank"])
+@triton.jit(do_not_specialize=["rank", "T"])
 def _sum_kernel(o_ptr, res_ptr, ids_ptr, peers_ptr, local_ptr, error_ptr, rank, limit, data, nbytes, flags, start, T, most, K, H, per,
                 world, OP: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, BUFFERS: tl.constexpr, ACQUIRE: tl.constexpr):
     """per: experts of a rank. A slot's row stands in the index of the rank that has its expert, -1 where it was dropped."""
@@ -128,7 +128,7 @@ def _only(control: dict[str, object], *names: str) -> dict[str, object]:
 def _stage(pad: Pad, x: Tensor, index: Tensor, indices: int, **control: object) -> None:
     copy = 256 if INTERPRET else 8192
     programs = programs_of(pad, triton.cdiv(max(x.numel(), indices), copy), each=2)
-    _stage_kernel[(programs,)](x, index, pad.peers, pad.local, pad.rank, pad.data, pad.nbytes, pad.flags, _start(indices), x.numel(),
+    _stage_kernel[(programs,)](x, index, pad.peers, pad.local, pad.rank, pad.data, pad.nbytes, pad.flags, _start(indices), *x.shape,
                                indices, world=pad.world, COPY=copy, num_warps=8, **_only(control, "BUFFERS", "BARRIER", "RELEASE"))
 
 
