@@ -225,5 +225,5 @@ def test_readme_measures_its_own_cases(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "launch", lambda world, target, job, again: (jobs.append((world, job)), 0)[1])
     assert readme.measure(["gemm_ar", "train_step"], tmp_path) == 0
     assert [(w, j["names"], j["sweep"], len(j["only"])) for w, j in jobs] == [
-        (1, ["train_step"], "cpu", 1), (2, ["gemm_ar"], "cpu", 1), (2, ["gemm_ar"], "quick", 2), (2, ["train_step"], "cpu", 5)]
+        (1, ["train_step"], "cpu", 1), (2, ["gemm_ar"], "cpu", 2), (2, ["gemm_ar"], "quick", 2), (2, ["train_step"], "cpu", 5)]
     assert len({j["run"] for _, j in jobs}) == 1
