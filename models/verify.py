@@ -51,13 +51,19 @@ class Finding:
     expert: bool = False                                              # of an expert: summed over edp, not dp
     cause: str = ""
 
+    @property
+    def off(self) -> float:
+        """The error, to be ordered by: NaN is the largest."""
+        return self.error if self.error == self.error else float("inf")
+
 
 def _compare(what: str, name: str, got: Tensor, want: Tensor, floor: float = 0.0, expert: bool = False) -> Finding:
     size = max(floor, want.abs().max().item() if want.numel() else 0.0)
     error = (got - want).abs().max().item() if want.numel() else 0.0
     norm = want.square().sum().item()
     scale = (got * want).sum().item() / norm if norm else 1.0
-    return Finding(what, name, error / size if size else error, scale, expert)
+    cause = "" if want.isfinite().all() else "not finite in one process either; use a lower optim.lr"
+    return Finding(what, name, error / size if size else error, scale, expert, cause)
 
 
 def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plant=lambda model: None,
@@ -123,7 +129,7 @@ class _Inputs:
             one = _compare("activation", f"layers.{layer} input", got, want[layer, first])
             if not one.error <= TOLERANCE:
                 other = [f"layers.{i} at sample {s}" for (i, s), h in want.items() if _compare("", "", got, h).error <= TOLERANCE]
-                one.cause = f"received the input of {other[0]}?" if other else ""
+                one.cause = f"received the input of {other[0]}?" if other else one.cause
             if layer not in found or not one.error <= found[layer].error:
                 found[layer] = one
         for hook in [*self.hooks, *true.hooks]:
@@ -161,7 +167,7 @@ def _over_ranks(found: list[Finding], mesh: Mesh) -> list[Finding]:
 def _worst(rows: list[tuple[Place, Finding]], axes: list[Axis]) -> Finding:
     """Where a sum over an axis is missing, the factors differ along that axis and add up to 1; where a reduction is done twice or at
     the wrong scale, they are n or 1/n on all ranks."""
-    worst = max((f for _, f in rows), key=lambda f: f.error if f.error == f.error else float("inf"))
+    worst = max((f for _, f in rows), key=lambda f: f.off)
     if worst.error <= TOLERANCE or worst.cause:
         return worst
     grid = ("edp", "ep", "pp") if worst.expert else ("tp", "dp", "pp")
@@ -212,10 +218,10 @@ def report(found: list[Finding], bad: list[Finding], layout: Layout, steps: int,
           f"process, float64, {steps} steps", file=file)
     print(f"    {'quantity':<20}{'worst':<52}{'error':>10}", file=file)
     for what in dict.fromkeys(f.what for f in found):
-        worst = max((f for f in found if f.what == what), key=lambda f: f.error)
+        worst = max((f for f in found if f.what == what), key=lambda f: f.off)
         count = sum(f.what == what for f in found)
         print(f"    {what:<20}{worst.name + f'  (of {count})':<52}{worst.error:10.1e}", file=file)
-    for f in sorted(bad, key=lambda f: -f.error)[:20]:
+    for f in sorted(bad, key=lambda f: -f.off)[:20]:
         print(f"    OFF {f.what} {f.name}: error {f.error:.1e} {f.cause}", file=file)
     verdict = f"FAILED, {len(bad)} of {len(found)} quantities over" if bad else f"equal, {len(found)} quantities within"
     alone = "; one rank against itself, which shows little: add tp=2, pp=2 or --nproc 2" if layout.world == 1 else ""

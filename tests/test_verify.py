@@ -1,13 +1,15 @@
 """verify must find what it exists to find: one planted fault a test, each in a layout that hides it from world size 1."""
 import contextlib
+import dataclasses
 import io
+import re
 
 import pytest
 from ranks import run
 from test_equal import config, mesh_of
 
 from interlace.models.gpt import GPT
-from interlace.models.verify import TOLERANCE, compare, report, suspect
+from interlace.models.verify import TOLERANCE, compare, report, suspect, verify
 from interlace.parallel.collectives import reduce_from
 from interlace.parallel.data_parallel import DistributedDataParallel
 from interlace.parallel.mesh import Axis
@@ -95,6 +97,14 @@ def _names_the_missing_sum(rank):
 
 def test_names_what_is_off():
     run(2, _names_the_missing_sum)
+
+
+def test_a_config_that_diverges_alone_is_not_the_layouts_fault(capsys):
+    cfg = config({}, 1, False)
+    assert verify(dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr=1e200)), steps=2) == 1
+    text = capsys.readouterr().out
+    assert "OFF gradient norm step 2: error nan not finite in one process either; use a lower optim.lr" in text
+    assert re.search(r"gradient norm +step 2  \(of 2\) +nan", text), text
 
 
 class Never(DistributedDataParallel):
