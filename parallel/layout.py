@@ -381,7 +381,7 @@ def _expert_groups(m: ModelConfig, at: Layout) -> str | None:
     if E is None or (groups is None and kept is None):
         return None
     if groups is None or kept is None:
-        return f"moe_router_num_groups and moe_router_group_topk go together, got {groups or 'none'} and {kept or 'none'}"
+        return f"moe_router_num_groups and moe_router_group_topk go together (both or neither), got {groups or 'none'} and {kept or 'none'}"
     if E % groups:
         return f"num_moe_experts must be a multiple of moe_router_num_groups (equal groups), got {E} and {groups}"
     if kept > groups or E // groups * kept < m.moe_router_topk or m.moe_router_topk % kept:
@@ -420,7 +420,7 @@ RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {                    # name: it
     "schedule": (_schedule, (VPP, PP)),
     "batch": (_batch, ("global_batch_size", "micro_batch_size")),
     "micro-batches": (_microbatches, ("global_batch_size", "micro_batch_size", PP)),
-    "ep over stage": (_ep, (EP,)),
+    "ep over stage": (_ep, (RANKS, EP)),
     "ep without experts": (_ep_dense, (EP,)),
     "experts over ep": (_experts, (EP, "num_moe_experts")),
     "topk": (_topk, ("moe_router_topk", "num_moe_experts")),

@@ -78,7 +78,7 @@ BAD = [
      "got 16 and 32 x 1 = 32; use global_batch_size 32, or micro_batch_size 16"),
     ("ep over stage", 2, {TP: 2, EP: 3, "num_moe_experts": 9}, f"{EP} must divide the ranks of a stage",
      f"got 3 and 2 x 1 = 2; use {EP} 1"),
-    ("ep over stage", 4, {TP: 2, PP: 2, EP: 4, "num_moe_experts": 8}, f"got 4 and 2 x 1 = 2; use {EP} 2"),
+    ("ep over stage", 4, {TP: 2, PP: 2, EP: 4, "num_moe_experts": 8}, f"got 4 and 2 x 1 = 2; use --nproc 8, or {EP} 2"),
     ("ep without experts", 2, {TP: 2, EP: 2}, f"{EP} > 1 needs num_moe_experts",
      f"got 2 and none (a dense model); use {EP} 1"),
     ("experts over ep", 4, {TP: 4, EP: 4, "num_moe_experts": 6}, f"num_moe_experts must be a multiple of {EP}",
