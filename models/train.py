@@ -187,10 +187,12 @@ class Run:
         norm = self.optimizer.step(lr, wait=False)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             folder = self.out / "checkpoints"
+            fp32 = "" if c.trainer.precision == "fp32" else ", or trainer.precision=fp32 with another --out"
+            kept, again = (f" and the checkpoints in {folder} are untouched", "go on from the last checkpoint") if (
+                folder / "latest").exists() else ("; there is no checkpoint yet", "begin anew")
             raise RunError(f"step {self.step + 1}: loss and gradient norm must be finite, got loss {loss} and norm {norm}; the weights "
-                           f"were not updated and the checkpoints in {folder} are untouched. Way out: a lower optim.lr (now "
-                           f"{c.optim.lr:g}), a longer optim.sched.warmup_steps (now {c.optim.sched.warmup_steps}), or fp32, then "
-                           "run the same command again to go on from the last checkpoint")
+                           f"were not updated{kept}. Way out: a lower optim.lr (now {c.optim.lr:g}), a longer optim.sched.warmup_steps "
+                           f"(now {c.optim.sched.warmup_steps}){fp32}, then run the same command again to {again}")
         update_expert_biases(self.model, self.seen, c.model.moe_router_bias_update_rate)
         self.step += 1
         self.samples += c.model.global_batch_size

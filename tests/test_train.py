@@ -124,6 +124,15 @@ def test_nan_stops_with_words_and_keeps_the_checkpoint(tmp_path, text):
     assert (out / "checkpoints" / "latest").read_text() == "step-00000003"
 
 
+def test_nan_before_the_first_checkpoint_speaks_of_none(tmp_path, text):
+    for precision, wider in (("fp32", False), ("bf16", True)):
+        run = Run(load_config(None, [*TINY, *text, f"trainer.precision={precision}"]), tmp_path / precision)
+        run.model.layers["0"].mlp.down_proj.weight.data.fill_(math.nan)
+        with pytest.raises(RunError, match=r"step 1: .*were not updated; there is no checkpoint yet.*to begin anew$") as e:
+            run.train()
+        assert ("fp32" in str(e.value).split("Way out")[1]) == wider
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path, text):
     """The second would remove the first one's checkpoint under way; a run that died holds nothing."""
     hold = ("import sys; from pathlib import Path; from interlace.models.train import alone\n"
