@@ -4,6 +4,7 @@ import sys
 import textwrap
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from interlace.kernels import dispatch as launchers
 from interlace.kernels import permute, route_plan, unpermute
 from interlace.kernels.comm import (
     CollectiveMismatch,
@@ -24,7 +26,7 @@ from interlace.kernels.comm import (
     dispatch_ref,
 )
 from interlace.kernels.comm.heap import LIB, keep_heap
-from interlace.kernels.dispatch import INTERPRET, on_its_gpu, stand_ins, traced
+from interlace.kernels.dispatch import INTERPRET, stand_ins, traced
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -302,7 +304,12 @@ def test_a_kernel_runs_on_the_gpu_of_its_tensors(monkeypatch):
         current.pop()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
-    ran = on_its_gpu(lambda *args: current[-1])
+    ops = {}
+    recorder = SimpleNamespace(define=lambda schema: None, impl=lambda name, launch, key: ops.update({key: launch}))
+    monkeypatch.setattr(launchers, "LIB", recorder)
+    monkeypatch.setattr(torch.library, "register_fake", lambda *args, **kwargs: None)
+    launchers.define("probe(Tensor x) -> Tensor", lambda *args: current[-1], lambda *args: None)
+    ran = ops["CUDA"]
     with FakeTensorMode():
         x, y, on_cpu = torch.empty(2, device="cuda:0"), torch.empty(2, device="cuda:1"), torch.empty(2)
     assert [ran(x), ran(y, x), ran(2.0, None, on_cpu, [y]), ran([], on_cpu), ran()] == [0, 1, 1, 0, 0] and current == [0]
