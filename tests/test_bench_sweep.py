@@ -13,7 +13,7 @@ from interlace.bench import clocks, command, harness, readme, report, roofs, row
 from interlace.bench import run as bench_run
 from interlace.bench.cases import Case, Make, Way, Ways
 from interlace.bench.ops import OPS
-from interlace.bench.provenance import provenance
+from interlace.bench.provenance import machine, provenance
 
 ROOT = pathlib.Path(__file__).parents[1]
 CASE = Case("double", "tiny", {"N": 8}, direction="fwd+bwd")
@@ -227,3 +227,11 @@ def test_readme_measures_its_own_cases(monkeypatch, tmp_path):
     assert [(w, j["names"], j["sweep"], len(j["only"])) for w, j in jobs] == [
         (1, ["train_step"], "cpu", 1), (2, ["gemm_ar"], "cpu", 2), (2, ["gemm_ar"], "quick", 2), (2, ["train_step"], "cpu", 5)]
     assert len({j["run"] for _, j in jobs}) == 1
+
+
+def test_rows_of_a_cpu_that_onednn_holds_back_are_another_machines(monkeypatch):
+    free = machine.__wrapped__()
+    monkeypatch.setattr("interlace.bench.provenance.ONEDNN_ISA", "avx2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert machine.__wrapped__() == free + "-onednn-avx2" * (not torch.cuda.is_available())
+    assert provenance()["environment"]["ONEDNN_MAX_CPU_ISA"] == "AVX2"
