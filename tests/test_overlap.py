@@ -76,6 +76,11 @@ def _collectives(rank, world):
     assert torch.equal(all_reduce(x, SymmHeap(group)), total)
     assert torch.equal(all_gather(x[:, 0, 0].contiguous(), group), torch.cat([e[:, 0, 0] for e in every]))
     assert torch.equal(reduce_scatter(x[:, 0, 0].contiguous(), group), total[:, 0, 0].chunk(world)[rank])
+    flat = [torch.randint(-4, 5, (world * 688,), generator=g).half() for _ in range(world)]   # a bucket of gradients: no power of 2
+    for n in (688, 77):                                               # rows of 688; of 1, since 77 has no divisor that is whole 16s
+        mine = slice(rank * n, rank * n + n)
+        assert torch.equal(reduce_scatter(flat[rank][:world * n], group), sum(flat)[:world * n][mine])
+        assert torch.equal(all_gather(flat[rank][mine], group), torch.cat([f[r * n:r * n + n] for r, f in enumerate(flat)]))
     y = x.clone().requires_grad_()
     all_gather(y, group).backward(torch.cat([e * (rank + 1) for e in every]))
     assert torch.equal(y.grad, x * sum(range(1, world + 1)))

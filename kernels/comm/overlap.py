@@ -39,8 +39,15 @@ def _served(op: str, rows: int, cols: int, x: Tensor, group: Group) -> Path | No
 
 
 def _width(n: int, last: int) -> int:
-    """Columns in which n elements that lie in one piece are moved: their own rows, or a divisor that keeps accesses wide."""
-    return last if last >= 64 else gcd(n, 1024)
+    """Columns in which n elements that lie in one piece are moved: their own rows, or the largest divisor up to 1024 of whole 16s."""
+    if 64 <= last < n and n % last == 0:
+        return last
+    return next((w for w in range(min(n, 1024) // 16 * 16, 0, -16) if n % w == 0), gcd(n, 16))
+
+
+def _room_for(n: int, width: int) -> int:
+    """Elements that n of them take in a pad, whose tiles are 64 columns wide: an odd n has a width of 1."""
+    return n * max(1, 64 // width)
 
 
 def summed(op: str, x: Tensor, w: Tensor | None, path: Path, group: Group) -> Tensor:
@@ -69,9 +76,10 @@ def gathered_product(x: Tensor, w: Tensor, group: Group) -> Tensor:
 
 def gathered(x: Tensor, group: Group) -> Tensor | None:
     """all_gather(x) along dim 0, None where no kernel serves it."""
-    if not _served("all_gather", x.numel(), 1, x, group):
+    width = _width(x.numel(), x.shape[-1])
+    if not _served("all_gather", _room_for(x.numel(), width), 1, x, group):
         return None
-    flat = x.reshape(-1, _width(x.numel(), x.shape[-1]))
+    flat = x.reshape(-1, width)
     rows = flat.shape[0] * group_size(group)
     pad = _pad("all_gather", triton_ag.needs(rows, flat.shape[1], x.dtype, group_size(group)), x, group)
     return triton_ag.launch(pad, flat, rows).view(-1, *x.shape[1:])
@@ -82,9 +90,10 @@ def scattered(x: Tensor, w: Tensor | None, group: Group) -> Tensor | None:
     world, shape = group_size(group), x.shape
     op = "reduce_scatter" if w is None else "gemm_rs"
     if w is None:
-        if not _served(op, x.numel(), 1, x, group):
+        width = _width(x.numel() // world, x.shape[-1])
+        if not _served(op, _room_for(x.numel(), width), 1, x, group):
             return None
-        x = x.reshape(-1, _width(x.numel() // world, x.shape[-1]))
+        x = x.reshape(-1, width)
     rows, N = x.shape[0], x.shape[1] if w is None else w.shape[0]
     pad = _pad(op, triton_rs.needs(rows, N, x.dtype, world, w is not None), x, group)
     triton_rs.push(pad, x.contiguous(), w)
