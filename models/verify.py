@@ -58,6 +58,7 @@ class Finding:
 
 
 def _compare(what: str, name: str, got: Tensor, want: Tensor, floor: float = 0.0, expert: bool = False) -> Finding:
+    got = got.to(want.device, torch.promote_types(got.dtype, want.dtype))
     size = max(floor, want.abs().max().item() if want.numel() else 0.0)
     error = (got - want).abs().max().item() if want.numel() else 0.0
     norm = want.square().sum().item()
@@ -67,10 +68,11 @@ def _compare(what: str, name: str, got: Tensor, want: Tensor, floor: float = 0.0
 
 
 def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plant=lambda model: None,
-            wrap=DistributedDataParallel) -> list[Finding]:
+            wrap=DistributedDataParallel, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> list[Finding]:
     """Train `config` on `mesh` and as one process; what each rank finds, the worst over ranks. Collective.
 
-    plant: changes the parallel model before it runs; wrap: what makes it data parallel. Both for tests that plant a fault."""
+    plant: changes the parallel model before it runs; wrap: what makes it data parallel. Both for tests that plant a fault.
+    dtype, device: of the parallel model; the one process computes in float64 on a CPU, from the same weights up to rounding."""
     m, optim = config.model, config.optim
     single = dataclasses.replace(
         m, tensor_model_parallel_size=1, sequence_parallel=False, expert_model_parallel_size=1, pipeline_model_parallel_size=1,
@@ -78,7 +80,7 @@ def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plan
         num_layers_in_last_pipeline_stage=None)
     seed = config.trainer.seed
     models = [GPT(single, vocab_size=vocab_size, seed=seed, dtype=torch.float64),
-              GPT(m, mesh, vocab_size=vocab_size, seed=seed, dtype=torch.float64)]
+              GPT(m, mesh, vocab_size=vocab_size, seed=seed, dtype=dtype).to(device)]
     plant(models[1])
     ddps = [DistributedDataParallel(models[0]), wrap(models[1], mesh, bucket_size=optim.ddp_bucket_size,
                                                      use_distributed_optimizer=optim.use_distributed_optimizer)]
@@ -87,7 +89,7 @@ def compare(config: Config, mesh: Mesh, *, vocab_size: int, steps: int = 5, plan
     found: list[Finding] = []
     seen_by = [_Inputs(model) for model in models]
     for step in range(1, steps + 1):
-        losses = [forward_backward(ddp, data, (step - 1) * m.global_batch_size, m) for ddp in ddps]
+        losses = [forward_backward(ddp, data, (step - 1) * m.global_batch_size, m, at) for ddp, at in zip(ddps, ("cpu", device))]
         found.append(_compare("loss", f"step {step}", losses[1], losses[0]))
         if step == 1:
             found += seen_by[1].against(seen_by[0])

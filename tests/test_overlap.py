@@ -80,7 +80,12 @@ def _collectives(rank, world):
     for n in (688, 77):                                               # rows of 688; of 1, since 77 has no divisor that is whole 16s
         mine = slice(rank * n, rank * n + n)
         assert torch.equal(reduce_scatter(flat[rank][:world * n], group), sum(flat)[:world * n][mine])
-        assert torch.equal(all_gather(flat[rank][mine], group), torch.cat([f[r * n:r * n + n] for r, f in enumerate(flat)]))
+        want = torch.cat([f[r * n:r * n + n] for r, f in enumerate(flat)])
+        assert torch.equal(all_gather(flat[rank][mine], group), want)
+        whole = flat[rank][:world * n].clone()                        # ZeRO-1: a rank's part lies in the whole, both ways
+        assert torch.equal(all_gather(whole[mine], group, out=whole), want) and torch.equal(whole, want)
+        whole = flat[rank][:world * n].clone()
+        assert torch.equal(reduce_scatter(whole, group, out=whole[mine]), sum(flat)[:world * n][mine])
     y = x.clone().requires_grad_()
     all_gather(y, group).backward(torch.cat([e * (rank + 1) for e in every]))
     assert torch.equal(y.grad, x * sum(range(1, world + 1)))

@@ -62,8 +62,8 @@ def _torch_group(x: Tensor, group: Group, op: str = "") -> tuple[dist.ProcessGro
     return group, size                                                # type: ignore[return-value]
 
 
-def _rank(heap: SymmHeap | None, pg: dist.ProcessGroup | None) -> int:
-    return heap.rank if heap is not None else 0 if pg is None else dist.get_rank(pg)
+def _rank(group: Group) -> int:
+    return group.rank if type(group) is SymmHeap else 0 if group is None else dist.get_rank(group)   # type: ignore[arg-type]
 
 
 def _result(op: str, x: Tensor, shape: tuple[int, ...] | torch.Size, out: Tensor | None, place: int = 0) -> Tensor:
@@ -118,10 +118,10 @@ def _all_gather(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     heap = _heap(x, group)
     if not x.is_contiguous():
         x = x.contiguous()
+    place = 0 if out is None else _rank(heap or group) * x.nbytes
     if (heap is None or INTERPRET) and (whole := overlap.gathered(x, group)) is not None:
-        return whole if out is None else _result("all_gather", x, whole.shape, out).copy_(whole)
+        return whole if out is None else _result("all_gather", x, whole.shape, out, place).copy_(whole)
     pg, size = (None, heap.size) if heap is not None else _torch_group(x, group, "all_gather")
-    place = 0 if out is None else _rank(heap, pg) * x.nbytes
     y = _result("all_gather", x, (x.shape[0] * size, *x.shape[1:]), out, place)
     if heap is not None:
         if rc := LIB.interlace_all_gather(heap.handle, x.data_ptr(), y.data_ptr(), x.numel(), x.element_size(), _code(x)):
@@ -135,13 +135,14 @@ def _all_gather(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
 
 def _reduce_scatter(x: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     heap, code = _heap(x, group), CODES.get(x.dtype)
-    pg, size = (None, heap.size) if heap is not None else _torch_group(x, group, "reduce_scatter")
-    place = 0 if out is None else -_rank(heap, pg) * out.nbytes
-    y = _result("reduce_scatter", x, (_parts("reduce_scatter", x, size), *x.shape[1:]), out, place)
+    shape = (_parts("reduce_scatter", x, group_size(heap or group)), *x.shape[1:])
+    place = 0 if out is None else -_rank(heap or group) * out.nbytes
     if not x.is_contiguous():
         x = x.contiguous()
     if (heap is None or INTERPRET) and (part := overlap.scattered(x, None, group)) is not None:
-        return part if out is None else y.copy_(part)
+        return part if out is None else _result("reduce_scatter", x, shape, out, place).copy_(part)
+    pg, size = (None, heap.size) if heap is not None else _torch_group(x, group, "reduce_scatter")
+    y = _result("reduce_scatter", x, shape, out, place)
     if heap is not None and code is not None:
         if rc := LIB.interlace_reduce_scatter(heap.handle, x.data_ptr(), y.data_ptr(), y.numel(), code):
             heap.fail(rc)

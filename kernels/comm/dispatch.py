@@ -25,8 +25,8 @@ from ..permute import permute, slots_of
 from ..route_plan import RoutePlan, route_plan
 from ..unpermute import unpermute
 from . import overlap
-from .collectives import Group, _code, _heap, _torch_group, all_gather, group_size, reduce_scatter
-from .heap import CODES, LIB, CollectiveMismatch, SymmHeap
+from .collectives import Group, _code, _heap, _rank, _torch_group, all_gather, group_size, reduce_scatter
+from .heap import CODES, LIB, CollectiveMismatch
 
 __all__ = ["DispatchPlan", "combine", "combine_ref", "dispatch", "dispatch_plan", "dispatch_ref"]
 
@@ -134,10 +134,6 @@ def _wire(plan: DispatchPlan) -> _Wire:
     moved = place[(slot // max(K, 1)).clamp(min=0)] * K + slot % max(K, 1) if len(place) else slot
     here = replace(route, row_of_slot=route.row_of_slot[token], slot_of_row=torch.where(slot < 0, -1, moved).int())
     return _Wire(replace(send, slot_of_row=send.slot_of_row[:sum(there)]), here, there, back)
-
-
-def _rank(group: Group) -> int:
-    return 0 if group is None else group.rank if isinstance(group, SymmHeap) else dist.get_rank(group)
 
 
 # ---- reference ------------------------------------------------------------------------------------------------
