@@ -12,7 +12,8 @@ ZeRO-1  (use_distributed_optimizer, arXiv:1910.02054) rank r owns part r of ever
 Numerics  gradients are scaled by 1/dp as they are added, and summed in rank order (kernels/comm): bitwise repeatable, and equal
         with and without ZeRO-1. Experts have buffers of their own over edp (sharding.gradient_axis).
 Threads on a CPU one thread a process runs the collectives of all buckets in order, over the heaps of dp and edp, which nothing else
-        uses until finish(). What it raises, finish() or the next gradient raises. CUDA: a stream beside the backward's.
+        uses until finish(); none where kernels are interpreted. What it raises, finish() or the next gradient raises.
+        CUDA: a stream beside the backward's.
 """
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.comm import all_gather, all_reduce, heap_of, reduce_scatter
+from ..kernels.dispatch import INTERPRET
 from .layout import ALIGN, bucketing
 from .mesh import Axis, Mesh
 from .sharding import gradient_axis
@@ -191,7 +193,8 @@ class DistributedDataParallel(nn.Module):
             if buffer.axis.size > 1 and buffer.grads.is_cpu:
                 assert buffer.axis.group is not None
                 heap_of(buffer.axis.group)                            # made here, together, and not by the thread
-                self.worker = self.worker or _Worker()
+                if not INTERPRET:                                     # Triton's interpreter serves one thread: a job runs at once
+                    self.worker = self.worker or _Worker()
         if self.worker is not None:
             weakref.finalize(self, self.worker.close)
         arrived = weakref.WeakMethod(self._arrived)                  # hooks are hidden from the garbage collector: a strong one keeps all
@@ -279,7 +282,9 @@ class DistributedDataParallel(nn.Module):
     def _beside(self, job: Callable[[], Any], of: Tensor) -> Callable[[], Any]:
         """Run a collective over tensor `of` beside what goes on; returns what waits for it."""
         if of.is_cpu:
-            assert self.worker is not None
+            if self.worker is None:
+                job()
+                return lambda: None
             done = threading.Event()
             self.worker.jobs.put((job, done))
             return done.wait
