@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install -q -c constraints.txt
 STAMP = .venv/.stamp
 
-.PHONY: setup train test test-all lint tree gpu-report cuda-build-check readme bench clean
+.PHONY: setup train test test-all lint tree gpu-report cuda-build-check host-cuda readme bench clean
 
 setup: $(STAMP)
 	@.venv/bin/python setup.py -q build_ext --inplace
@@ -50,6 +50,15 @@ cuda-build-check:
 	@start=$$(date +%s); INTERLACE_BUILD=cuda $(CUDA_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall . \
 		&& echo "pip install . took $$(($$(date +%s) - start)) s"
 	$(CUDA_VENV)/bin/python tests/cuda_build_check.py
+
+# What is marked gpu, where no GPU is: tests/host_cuda stands in for the CUDA runtime and driver. After cuda-build-check, in its venv.
+HOST_CUDA_TESTS = $(CUDA_VENV)/bin/python -m pytest -p no:cacheprovider --rootdir . -m gpu -n 2 --dist worksteal
+host-cuda: tree
+	$(CUDA_VENV)/bin/python -m pip install -q pytest hypothesis pytest-benchmark pytest-xdist "numpy<2.4"  # Triton 3.6 interprets with it
+	$(CUDA_VENV)/bin/python tests/host_cuda/build.py build/host-cuda
+	HOST_CUDA=launches; . build/host-cuda/env.sh; $(HOST_CUDA_TESTS) tests
+	. build/host-cuda/env.sh; $(HOST_CUDA_TESTS) tests --ignore=tests/test_comm_gpu.py -k "not graphs and not learns"
+	. build/host-cuda/env.sh; HOST_CUDA_GPUS=2 $(HOST_CUDA_TESTS) tests/test_layouts_fused.py
 
 # README's column "measured" from the rows that are kept; MEASURE="rope gemm_ar" or MEASURE=all: measures their cases first.
 readme: setup
