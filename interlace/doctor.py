@@ -216,18 +216,19 @@ def _ops(torch: Any, dispatch: Any) -> dict[str, dict[str, str]]:
     has = lambda op, key: torch._C._dispatch_has_kernel_for_dispatch_key(f"interlace::{op}", key)  # noqa: E731
     triton = hasattr(dispatch.triton, "__version__")
     plain = environment(("INTERLACE_KERNELS",)).get("INTERLACE_KERNELS") == "reference"
+    shared = "shared memory" if LIB is not None else f"torch.distributed ({WHY_NOT})"
     table = {}
     for op in names:
+        if has(op, "CompositeExplicitAutograd"):                      # communicates: every call asks kernels/comm/choose.py for its path
+            kernel = triton and op != "all_to_all"
+            table[op] = {"cpu": shared, "cuda": "triton or torch.distributed" if kernel else "torch.distributed",
+                         "interpreter": "triton" if kernel else shared}
+            continue
         cpu = "reference" if plain or not has(op, "CPU") else "triton, interpreted" if dispatch.INTERPRET else "C++"
         table[op] = {"cpu": cpu, "cuda": "triton" if triton and has(op, "CUDA") and not plain else "reference",
                      "interpreter": "triton" if triton else "none"}
         if op in dispatch.CUDA_ONLY:
             table[op] = {"cpu": "none", "cuda": "CUDA C++" if dispatch.CUDA else "none: not built", "interpreter": "none"}
-    shared = "shared memory" if LIB is not None else f"torch.distributed ({WHY_NOT})"
-    for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
-        kernel = triton and op != "all_to_all"                        # where ranks reach each other's memory: kernels/comm/choose.py
-        table[f"comm.{op}"] = {"cpu": shared, "cuda": "triton or torch.distributed" if kernel else "torch.distributed",
-                               "interpreter": "triton" if kernel else shared}
     return table
 
 
@@ -398,7 +399,7 @@ def _text(report: dict[str, Any]) -> str:
         state = words[t["loads"]] if t["built"] else "not built"
         lines.append(f"tier        {name:<8} {state}{'' if t['why'] in (state, '') else ': ' + t['why']}")
     for op, row in report["ops"].items():
-        lines.append(f"op          {op:<22} cpu: {row['cpu']:<20} cuda: {row['cuda']:<18} interpreter: {row['interpreter']}")
+        lines.append(f"op          {op:<22} cpu: {row['cpu']:<20} cuda: {row['cuda']:<27} interpreter: {row['interpreter']}")
     lines.append(f"triton      {report['triton_mode']}")
     for i, d in enumerate(gpu["devices"]):
         lines.append(f"gpu {i}       {d['name']} {d['arch']} {d['memory'] >> 30} GB, {d['sms']} SMs, multicast {d['multicast']}, "

@@ -34,13 +34,16 @@ def test_json_is_one_object_and_two_ranks_sum():
     assert report["selftest"]["ok"] and "through" in report["selftest"]["said"]
     assert report["versions"]["torch"] and report["ops"]["rms_norm_fwd"]["cuda"] == "triton"
     assert report["ops"]["multicast_ar"]["cpu"] == "none", "declared before the table is made"
+    said_of_comm = {op: (at["cpu"], at["cuda"]) for op, at in report["ops"].items() if op in ("gemm_ar", "rs_residual_norm", "all_reduce")}
+    assert len(said_of_comm) == 3 and set(said_of_comm.values()) == {("shared memory", "triton or torch.distributed")}
 
 
 def test_text(quick, capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "fine"
-    for word in ("versions", "tier        cpu", "op          rms_norm_fwd", "comm.all_reduce", "shm", "nofile", "cores", "2 ranks     ok"):
+    for word in ("versions", "tier        cpu", "op          rms_norm_fwd", "op          all_reduce", "shm", "nofile", "cores",
+                 "2 ranks     ok"):
         assert word in out, word
 
 
