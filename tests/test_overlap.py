@@ -140,3 +140,15 @@ def test_the_rule_on_cuda():
         seconds = [choose(op, rows, 1024, 1024, 2, 8, "cuda", GB).seconds for rows in (1, 16, 256, 4096)]
         assert seconds == sorted(seconds)
     assert set(KERNELS) >= {name for name, _ in choose("gemm_ar", 4, 64, 64, 2, 2, "cuda", GB).others if name != "torch.distributed"}
+
+
+@pytest.mark.skipif(dispatch.INTERPRET or not hasattr(dispatch.triton, "__version__"), reason="the tiles of a GPU, which Triton makes")
+@pytest.mark.parametrize("n", [77777, 14448 * 9, 1 << 20, 3 * 5 * 1024])
+def test_a_vector_takes_the_room_that_the_path_was_chosen_for(n):
+    """n numbers a rank; odd ones move in rows of one number, each in a tile of 64."""
+    from interlace.kernels.comm import overlap, triton_rs
+    world, width = 3, overlap._width(n, 3 * n)
+    assert n % width == 0 and (width == 1) == (n % 2 == 1)
+    rows = world * n // width
+    nbytes, _ = triton_rs.needs(rows, width, torch.float32, world, False)
+    assert nbytes <= 1.2 * 4 * overlap._room_for(world * n, width) + world * 64 * 1024 * 4, "more than whole row blocks round up"
