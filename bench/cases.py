@@ -142,16 +142,19 @@ def rows(width: str, odd: int = 1023) -> Shapes:
 
 
 def grid(calls: tuple[str, ...], shapes: Shapes, passes: tuple[str, ...] = PASSES,
-         dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Callable[[str, int], list[Case]]:
+         dtypes: tuple[str, ...] = ("float32", "bfloat16"), too_long: str = "") -> Callable[[str, int], list[Case]]:
     """cases(sweep, world). --quick keeps both types, both shapes, and every pass of the first; on a GPU ("quick-cuda") the whole
-    shapes of all models in bf16, and every pass and fp32 of one. torch.compile is tried at one shape, in the longest pass."""
+    shapes of all models in bf16, and every pass and fp32 of one. torch.compile is tried at one shape, in the longest pass.
+    too_long: the type that quick-cuda leaves out, where a single case would take all the time there is."""
     def cases(sweep: str, world: int) -> list[Case]:
         sizes = shapes("cuda" if sweep == "quick-cuda" else sweep)
         whole = "llama-8b" if "llama-8b" in sizes else next(iter(sizes))
         every = [Case(call, name, shape, dtype, p, world, name == whole and p == passes[-1])
                  for call in calls for name, shape in sizes.items() for dtype in dtypes for p in passes]
         if sweep == "quick-cuda":
-            return [c for c in every if (c.dtype == dtypes[-1]) + (c.direction == passes[-1]) + (c.name == whole) >= 2]
+            kept = [c for c in every if (c.dtype == dtypes[-1]) + (c.direction == passes[-1]) + (c.name == whole) >= 2]
+            kept = [c for c in kept if c.dtype != too_long]
+            return sorted(kept, key=lambda c: c.dtype != dtypes[-1])  # where the time ends it is fp32 that is left out
         if sweep != "quick":
             return every
         first = next(iter(sizes))

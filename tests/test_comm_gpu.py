@@ -17,6 +17,7 @@ from interlace.kernels.comm.protocol import first_row
 pytestmark = pytest.mark.gpu
 # ruff: noqa: B023  (what on_all() is given runs at once)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+WAIT = 90                                                             # seconds, of the 142 that all tests have in the GPU report
 POLLS = 1 << 23                                                       # seconds, not minutes: a rank that cannot start fails its test alone
 LATE = 1 << 20                                                        # an epoch no test reaches
 
@@ -200,7 +201,7 @@ def _processes(rank, world):
     M, N, K, g, dtype = 200, 264, 136, torch.Generator().manual_seed(4), torch.bfloat16
     device = torch.device("cuda", 0)
     sizes = [triton_ar.needs(torch.empty(M, K, dtype=dtype), torch.empty(N, K, dtype=dtype), world, two_shot) for two_shot in (False, True)]
-    pad = Pad(dist.group.WORLD, "gemm_ar", *map(max, zip(*sizes)), device)
+    pad = Pad(dist.group.WORLD, "gemm_ar", *map(max, zip(*sizes)), device, polls=8 * POLLS)   # the other may still compile
     assert pad.share == world and pad.multicast == 0
     for e in range(3):
         xs, ws = ([ints(g, dtype, *s) for _ in range(world)] for s in ((M, K), (N, K)))
@@ -211,7 +212,7 @@ def _processes(rank, world):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_on_one_gpu(world):
-    run(world, _processes, world)
+    run(world, _processes, world, timeout=WAIT)
 
 
 # ---- multicast ------------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ def _multicast_or_skip(world, folder):
         pytest.skip(f"needs {world} GPUs")
     if not all(multicast_here(torch, i) for i in range(world)):
         pytest.skip("these GPUs have no multicast")
-    run(world, _has_address, world, folder / "address")
+    run(world, _has_address, world, folder / "address", timeout=WAIT)
     if any((folder / f"address.{r}").read_text() == "0" for r in range(world)):
         pytest.skip(f"the memory of {world} ranks has no multicast address here")
 
@@ -280,7 +281,7 @@ def _multicast_or_skip(world, folder):
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_multicast(world, tmp_path):
     _multicast_or_skip(world, tmp_path)
-    run(world, _multicasts, world)
+    run(world, _multicasts, world, timeout=WAIT)
 
 
 def test_a_gpu_without_multimem_refuses():

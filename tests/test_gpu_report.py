@@ -44,12 +44,28 @@ def test_time_fits_and_parts_name_real_things():
     assert sum(seconds for seconds, _ in parts.values()) - parts["build"][0] + afterwards <= gpu_report.TOTAL - 40   # s of a build
     assert gpu_report.TOTAL < 540
     assert parts["build"][0] * gpu_report.shares(parts, gpu_report.TOTAL) > 120
-    for file in gpu_report.SMALL:
-        assert (gpu_report.ROOT / file).exists()
     for _, todo in parts.values():
         for command in todo:
             if "interlace" in command:                                # the flags are ours
                 cli._parser().parse_args(command[3:])
+
+
+def test_the_sanitizers_cases_are_tests():
+    """One name that is none, and pytest would run nothing."""
+    files = sorted({name.split("::")[0] for name in gpu_report.SMALL})
+    done = subprocess.run([*gpu_report.PYTEST, "-o", "addopts=", "--collect-only", "-q", *files], cwd=gpu_report.ROOT, capture_output=True,
+                          text=True)
+    assert {*gpu_report.SMALL} <= {*done.stdout.splitlines()}, done.stderr
+    assert len({*gpu_report.SMALL}) == len(gpu_report.SMALL) <= 15, "a second each, and the imports, in 37 s"
+
+
+def test_a_command_that_has_less_time_plans_with_it(tmp_path):
+    out, told = tmp_path / "out", tmp_path / "told"
+    out.mkdir()
+    program = f"import sys; open({str(told)!r}, 'w').write(sys.argv[2])"
+    parts = {"doctor": (100.0, [[sys.executable, "-c", program, "--seconds", "80"]])}
+    assert gpu_report.report(out, [], parts, time.monotonic() + 50) == 0
+    assert 38 <= float(told.read_text()) <= 40
 
 
 @pytest.mark.parametrize("left, wanted", [(525, 1.0), (10000, 1.0), (242.5, 0.5), (-30, 0.05)])
