@@ -120,25 +120,26 @@ def _plan(names: list[str], world: int, device: str) -> list[tuple[int, list[str
 
 
 def _measure(args: argparse.Namespace, names: list[str], folder: Path, world: int, run: str) -> int:
-    """One launch for all ops of a world with --quick; else an op at a time, in processes of their own where it has ranks."""
+    """One launch for all ops of a world and sitting with --quick; else an op at a time, in processes of their own where it has ranks."""
     from .rows import measured
-    from .run import load
+    from .run import load, pace
     sweep = _sweep(args)
     job: dict[str, Any] = {"folder": str(folder), "run": run, "device": args.device, "sweep": sweep,
                            "explain": args.explain, "seed": args.seed, "kept": str(default_folder())}
     plan = _plan(names, world, args.device)
     if not args.quick:
         plan = [(ranks, [name]) for ranks, of in plan for name in of]
-    todo = [[case for name in of for had in [measured(folder, name, run)] for case in load(name).cases(sweep, ranks)
-             if case.key() not in had] for ranks, of in plan]
+    every = [(ranks, of, sitting) for sitting in range(1, pace(sweep).sittings + 1) for ranks, of in plan]
+    todo = [[case for name in of for had in [measured(folder, name, run, sitting)] for case in load(name).cases(sweep, ranks)
+             if case.key() not in had] for ranks, of, sitting in every]
     left = list(map(len, todo))
     if args.seconds is None:
-        _say_how_long([case for cases in todo for case in cases], sum(len(of) for _, of in plan), args.quick)
+        _say_how_long([case for cases in todo[:len(plan)] for case in cases], sum(len(of) for _, of in plan), sweep)
     start, whole, worst = time.monotonic(), sum(left), 0
-    for i, (ranks, of) in enumerate(plan):
+    for i, (ranks, of, sitting) in enumerate(every):
         if args.seconds is not None:                                  # what is left, by ops
-            job["seconds"] = (args.seconds - (time.monotonic() - start)) * len(of) / sum(len(names) for _, names in plan[i:])
-        if left[i] and (status := launch(ranks, "interlace.bench.run:ops", {"names": of, **job}, again=AGAIN)):
+            job["seconds"] = (args.seconds - (time.monotonic() - start)) * len(of) / sum(len(names) for _, names, _ in every[i:])
+        if left[i] and (status := launch(ranks, "interlace.bench.run:ops", {"names": of, "sitting": sitting, **job}, again=AGAIN)):
             worst = max(worst, status)
             if status >= 128:                                         # Ctrl-C; after any other end the next op is measured
                 break
@@ -156,14 +157,16 @@ def _words(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _estimate(cases: list[Any], quick: bool) -> float:
+def _estimate(cases: list[Any], sweep: str) -> float:
     """Seconds on an idle machine."""
-    from .run import BUDGET
-    return len(cases) * (BUDGET[quick] + PREPARING) + (0 if quick else COMPILING * sum(case.compiled for case in cases))
+    from .run import pace
+    how = pace(sweep)
+    compiled = 0 if sweep.startswith("quick") else sum(case.compiled for case in cases)
+    return len(cases) * (how.budget * how.sittings + PREPARING) + COMPILING * compiled
 
 
-def _say_how_long(cases: list[Any], ops: int, quick: bool) -> None:
-    seconds = _estimate(cases, quick)
+def _say_how_long(cases: list[Any], ops: int, sweep: str) -> None:
+    seconds = _estimate(cases, sweep)
     if seconds > 60:
         _say(f"{len(cases)} cases of {ops} ops, about {_words(seconds)} on an idle machine; rows are kept as they come, and after Ctrl-C "
              "the same command with --resume goes on")

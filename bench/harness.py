@@ -6,10 +6,11 @@ First every way is called twice: its error against fp64 is that of its outputs a
 two calls gave the same bits. A torch.compile that takes over a minute is given up, and its row says so. Then every round times
 each way once, in rotating order, from caches in the same state (clocks.py); figures are p20 / p50 / p80 over rounds, and the
 ratio to ours is the median of the ratios within a round, so that a machine that slows down slows all of them. With a group a
-sample starts at a barrier and costs what its slowest rank costs. A row is `noisy` when p80 / p20 is over 1.3, when the ratios
-of the first and the second half of the run, or of its odd and even rounds, differ by over 10%, or when they scatter so much
-that those of a second run may; `loaded` when others kept the cores busy. A way that fails has a row that says how, and the
-others go on. A row without an error against fp64 cannot be made.
+sample starts at a barrier and costs what its slowest rank costs. A second sitting, a minute later and in other memory, is timed
+and not checked again; its rows hold the samples of both. A row is `noisy` when p80 / p20 is over
+1.3, when the ratios of the first and the second half of the run (of the two sittings), or of its odd and even rounds, differ by
+over 10%, or when they scatter so much that those of a second run may; `loaded` when others kept the cores busy. A way that fails
+has a row that says how, and the others go on. A row without an error against fp64 cannot be made.
 """
 import itertools
 import math
@@ -40,6 +41,7 @@ SPREAD, HALVES = 1.3, 0.10
 OUT_OF_MEMORY = "out of memory"
 COMPILE = 60.0                                                        # seconds torch.compile may take over a case
 MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
+Row = dict[str, Any]
 Roof = Callable[[Case, int, int, int], tuple[float, str]]             # bytes, FLOPs, link bytes -> (seconds, which binds)
 
 
@@ -134,19 +136,27 @@ class Prepared:
     times: list[float] = field(default_factory=list)
 
 
-def prepare(way: Way, ways: Ways, case: Case, truth: dict[int, tuple[Tensor, ...]]) -> Prepared:
-    """Call it twice and hold the results against fp64. truth: kept from way to way by the function that computes it."""
+def prepare(way: Way, ways: Ways, case: Case, truth: dict[int, tuple[Tensor, ...]], earlier: Row | None = None) -> Prepared:
+    """Call it twice and hold the results against fp64. truth: kept from way to way by the function that computes it. earlier: the row of
+    an earlier sitting, which was checked."""
     inputs = ways.inputs if way.inputs is None else way.inputs
     functions = [way.fresh(), way.fresh()] if way.fresh is not None else [way.fn, way.fn]
-    got, again = (_whole(fn, inputs, case) for fn in functions)       # type: ignore[arg-type]
-    if any(g.data_ptr() == a.data_ptr() and g.numel() for g, a in zip(got, again)):   # into a buffer of its own
-        got, again = tuple(t.clone() for t in again), _whole(functions[1], inputs, case)   # type: ignore[arg-type]
-    same = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    off, same = (earlier["error"], earlier["repeatable"]) if earlier is not None else _check(functions, inputs, way, ways, case, truth)
     run = timed(functions[0], inputs, case)                           # type: ignore[arg-type]
     if ways.cold:
         copies = tuple(t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in inputs)
         run = _in_turn(run, timed(functions[1], copies, case))        # type: ignore[arg-type]
-    return Prepared(run, error(got, _truth(way, ways, case, truth, got)), same)
+    return Prepared(run, off, same, [t * 1e-6 for t in earlier["samples_us"]] if earlier is not None else [])
+
+
+def _check(functions: list[Any], inputs: tuple[Any, ...], way: Way, ways: Ways, case: Case,
+           truth: dict[int, tuple[Tensor, ...]]) -> tuple[float, bool]:
+    """(error, whether two calls gave the same bits)"""
+    got, again = (_whole(fn, inputs, case) for fn in functions)
+    if any(g.data_ptr() == a.data_ptr() and g.numel() for g, a in zip(got, again)):   # into a buffer of its own
+        got, again = tuple(t.clone() for t in again), _whole(functions[1], inputs, case)
+    same = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    return error(got, _truth(way, ways, case, truth, got)), same
 
 
 def _in_turn(*runs: Callable[[], Any]) -> Callable[[], Any]:
@@ -225,8 +235,8 @@ def _every(ways: Ways, case: Case, device: str) -> dict[str, Way]:
     return every
 
 
-def _prepare_all(ways: Ways, every: dict[str, Way], case: Case,
-                 group: dist.ProcessGroup | None) -> tuple[dict[str, Prepared], dict[str, str]]:
+def _prepare_all(ways: Ways, every: dict[str, Way], case: Case, group: dist.ProcessGroup | None,
+                 earlier: dict[str, Row]) -> tuple[dict[str, Prepared], dict[str, str]]:
     ready: dict[str, Prepared] = {}
     failed: dict[str, str] = {}
     truth: dict[int, tuple[Tensor, ...]] = {}
@@ -234,7 +244,7 @@ def _prepare_all(ways: Ways, every: dict[str, Way], case: Case,
         why, made = "", None
         try:
             with limited(COMPILE if "torch.compile" in name else None):
-                made = prepare(graphed(way, ways, case, truth) if name.endswith(GRAPH) else way, ways, case, truth)
+                made = prepare(graphed(way, ways, case, truth) if name.endswith(GRAPH) else way, ways, case, truth, earlier.get(name))
         except TooLong as e:
             why = str(e)
             torch._dynamo.reset()
@@ -287,13 +297,14 @@ def _calibrate(ready: dict[str, Prepared], c: Clock, barrier: Callable[[], Any],
     return took
 
 
-def noisy(times: list[float], ours: list[float]) -> bool:
-    """Whether a second run may tell another story."""
+def noisy(times: list[float], ours: list[float], first: int = 0) -> bool:
+    """Whether a second run may tell another story. first: samples of the first of two sittings; 0: one sitting, cut in half."""
     q = statistics.quantiles(times, n=10)
     if q[7] > SPREAD * q[1]:
         return True
     ratios, n = [t / o for t, o in zip(times, ours)], len(times)
-    for one, two in ((ratios[:n // 2], ratios[n // 2:]), (ratios[::2], ratios[1::2])):
+    cut = first or n // 2
+    for one, two in ((ratios[:cut], ratios[cut:]), (ratios[::2], ratios[1::2])):
         a, b = statistics.median(one), statistics.median(two)
         if abs(a - b) > HALVES * min(a, b):
             return True
@@ -303,21 +314,27 @@ def noisy(times: list[float], ours: list[float]) -> bool:
 
 
 def measure(op: str, case: Case, ways: Ways, *, device: str = "cpu", budget: float = 1.0, rounds: tuple[int, int] = (9, 100),
-            group: dist.ProcessGroup | None = None, roof: Roof | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of a case, ours first; the same ones on all ranks. budget: seconds of timing."""
+            group: dist.ProcessGroup | None = None, roof: Roof | None = None, seed: int = 0,
+            earlier: dict[str, Row] | None = None) -> list[Row]:
+    """Rows of a case, ours first; the same ones on all ranks. budget: seconds of timing. earlier: {way: its row of the first sitting}, in
+    the second; a way that failed there is not tried again."""
     around = Neighbours()
     every = _every(ways, case, device)
-    ready, failed = _prepare_all(ways, every, case, group)
+    earlier = {name: row for name, row in (earlier or {}).items() if "samples_us" in row}
+    if earlier:
+        every = {name: way for name, way in every.items() if name in earlier}
+    first = max((row["n"] for row in earlier.values()), default=0)    # the same of all: they were timed in the same rounds
+    ready, failed = _prepare_all(ways, every, case, group, earlier)
     if ready:
         _time(ready, budget, device, group, rounds, ways.cold)
     spent = _agree(around.spent(), group, dist.ReduceOp.SUM)
-    cores = _agree(around.cores(spent), group)
+    cores = max([_agree(around.cores(spent), group), *(row["busy_cores"] for row in earlier.values())])
     errors = {name: _agree(p.error, group) for name, p in ready.items()}
     same = {name: bool(_agree(p.repeatable, group, dist.ReduceOp.MIN)) for name, p in ready.items()}
     nbytes, flops, link = (ways.cost(c, case.direction) for c in (ways.nbytes, ways.flops, ways.link))
     shared = {"schema": SCHEMA, "op": op, "case": case.key(), "device": device, "seed": seed, "bytes": nbytes, "flops": flops,
               "link_bytes": link, "path": ways.path, "cold": ways.cold,
-              "busy_cores": round(cores, 2), "loaded": cores > Neighbours.LIMIT, **ways.extra}
+              "sitting": 2 if earlier else 1, "busy_cores": round(cores, 2), "loaded": cores > Neighbours.LIMIT, **ways.extra}
     limit, binds = roof(case, nbytes, flops, link) if roof is not None else (0.0, "")
     rows = [{**shared, "way": name, "failed": why} for name, why in failed.items()]
     ours = ready["interlace"].times if "interlace" in ready else None
@@ -330,7 +347,7 @@ def measure(op: str, case: Case, ways: Ways, *, device: str = "cpu", budget: flo
             "error": errors[name], "repeatable": same[name],
             "roof": binds, "roof_percent": 100 * limit / p50[name] if limit and name not in BOUNDS else None,
             "ratio": statistics.median(t / o for t, o in zip(p.times, ours)) if ours else None,
-            "noisy": noisy(p.times, ours or p.times), "overlap": _overlap(p50, name)})
+            "noisy": noisy(p.times, ours or p.times, first), "overlap": _overlap(p50, name)})
     order = list(every)
     rows.sort(key=lambda r: order.index(r["way"]))
     rows[0]["absent"] = ways.absent()

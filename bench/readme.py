@@ -22,7 +22,7 @@ from ..parallel.errors import UserError
 from .cases import Case
 from .ops import OPS, pick
 from .rows import read_old
-from .run import load
+from .run import load, pace
 
 __all__ = ["CELLS", "figures", "main", "render"]
 
@@ -153,9 +153,11 @@ def measure(names: list[str], folder: Path) -> int:
                 jobs[world, bench, sweep] += [c.key() for c in found if c.key() not in jobs[world, bench, sweep]]
     _warn_of_load()
     run, worst = time.strftime("%Y%m%dT%H%M%S-readme"), 0
-    for i, ((world, bench, sweep), only) in enumerate(sorted(jobs.items())):
-        print(f"readme: {bench}, {len(only)} cases on {world} ranks ({i + 1} of {len(jobs)})", flush=True)
-        job = {"names": [bench], "folder": str(folder), "run": run, "device": "cpu", "sweep": sweep, "kept": str(folder), "only": only}
+    todo = [(*what, only, sitting) for what, only in sorted(jobs.items()) for sitting in range(1, pace(what[2]).sittings + 1)]
+    for i, (world, bench, sweep, only, sitting) in enumerate(todo):
+        print(f"readme: {bench}, {len(only)} cases on {world} ranks ({i + 1} of {len(todo)})", flush=True)
+        job = {"names": [bench], "folder": str(folder), "run": run, "device": "cpu", "sweep": sweep, "kept": str(folder), "only": only,
+               "sitting": sitting}
         status = launch(world, "interlace.bench.run:ops", job, again="rows measured so far are kept; name the others after --measure")
         worst = max(worst, status)
         if status >= 128:

@@ -29,19 +29,20 @@ def append(folder: Path, op: str, rows: list[Row], run: str, stamp: dict[str, An
 
 
 def read(folder: Path, op: str, run: str) -> list[Row]:
-    """The rows of one run, or of all with this version's fields where run is ""."""
+    """The rows of one run, or of all with this version's fields where run is "". Of a case of several sittings those of the last, which
+    hold the samples of all."""
     path = folder / f"{op}.jsonl"
     if not path.exists():
         return []
-    found = []
+    found: dict[Any, Row] = {}
     for line in path.read_text().splitlines():
         try:
             row = json.loads(line)
         except ValueError:                                            # a run that was killed amid a line
             continue
         if row.get("run") == run or (not run and row.get("schema") == SCHEMA):
-            found.append(row)
-    return found
+            found[row["run"], key(row)] = row
+    return list(found.values())
 
 
 def read_newest(folder: Path) -> list[Row]:
@@ -67,9 +68,9 @@ def unfinished(folder: Path, ops: list[str], stamp: dict[str, Any]) -> str:
     return str(newest["run"])
 
 
-def measured(folder: Path, op: str, run: str) -> list[dict[str, Any]]:
-    """The cases of an op that a run has rows of: rows of a case are written at once."""
-    return [r["case"] for r in read(folder, op, run)]
+def measured(folder: Path, op: str, run: str, sitting: int = 1) -> list[dict[str, Any]]:
+    """The cases of an op that a run has rows of, of this sitting or a later one: rows of a case are written at once."""
+    return [r["case"] for r in read(folder, op, run) if r.get("sitting", 1) >= sitting]
 
 
 def key(row: Row) -> tuple[Any, ...]:

@@ -1,4 +1,5 @@
 """One process of a bench: builds every case, measures it, writes its rows. `command.py` starts these."""
+import gc
 import importlib
 import math
 import sys
@@ -6,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,22 @@ from . import roofs
 from .cases import Case, Make, Ways
 from .harness import OUT_OF_MEMORY, SCHEMA, failure, measure, together
 from .provenance import provenance
-from .rows import append, measured
+from .rows import append, measured, read
 
-__all__ = ["build", "free_memory", "load", "measure_roofs", "ops", "stamped"]
+__all__ = ["build", "free_memory", "load", "measure_roofs", "ops", "pace", "stamped"]
 
-BUDGET = {True: 0.35, False: 1.5}                                     # seconds of timing a case; with --quick, without
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a sweep times a case: seconds and rounds (least, most) of a sitting, and how many sittings."""
+    budget: float
+    rounds: tuple[int, int]
+    sittings: int = 1
+
+
+def pace(sweep: str) -> Pace:
+    return {"quick": Pace(0.17, (5, 30), 2), "quick-cuda": Pace(0.35, (5, 60))}.get(sweep, Pace(1.5, (9, 100)))
 
 
 def load(op: str) -> Any:
@@ -37,19 +50,22 @@ def stamped(seed: int, sweep: str, device: str) -> dict[str, Any]:
 
 
 def ops(names: list[str], folder: str, run: str, device: str, sweep: str, explain: bool = False, seed: int = 0,
-        kept: str = "", only: list[dict[str, Any]] | None = None, seconds: float = math.inf) -> int:
+        kept: str = "", only: list[dict[str, Any]] | None = None, seconds: float = math.inf, sitting: int = 1) -> int:
     """Rows of the benches `names` on this world, to `folder`, of cases that `run` has none of yet. only: of these cases.
-    seconds: shared among the ops; one whose share is over leaves out the rest of its cases. Target of the launcher; returns 0."""
+    seconds: shared among the ops; one whose share is over leaves out the rest of its cases. sitting: 2 adds to the rows of 1, which are
+    there. Target of the launcher; returns 0."""
     start = time.monotonic()
     group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
     world, first = (dist.get_world_size(group), dist.get_rank(group) == 0) if group is not None else (1, True)
     where = Path(folder)
     found = roofs.load(where, Path(kept)) if kept else roofs.load(where)
     stamp = stamped(seed, sweep, device)
-    with _bounded_memory(world if device == "cpu" else 0):
+    with _bounded_memory(world if device == "cpu" else 0), _little_garbage():
         for i, op in enumerate(names):
-            done = measured(where, op, run)                           # before any rank writes: the next case waits for all of them
-            cases = [c for c in load(op).cases(sweep, world) if c.key() not in done and (only is None or c.key() in only)]
+            done = measured(where, op, run, sitting)                  # before any rank writes: the next case waits for all of them
+            before = read(where, op, run) if sitting > 1 else []
+            cases = [c for c in load(op).cases(sweep, world) if c.key() not in done and (only is None or c.key() in only)
+                     and (sitting == 1 or any(r["case"] == c.key() for r in before))]
             now = time.monotonic()
             end = now + (seconds - (now - start)) / (len(names) - i)
             for at, case in enumerate(_by_turns(cases) if seconds < math.inf else cases):
@@ -58,11 +74,22 @@ def ops(names: list[str], folder: str, run: str, device: str, sweep: str, explai
                         print(f"bench: {op}: its share of --seconds is over, {len(cases) - at} of {len(cases)} cases are left out",
                               file=sys.stderr, flush=True)
                     break
-                rows = one(op, case, device, group, seed, sweep.startswith("quick"), roofs.limits(found))
+                rows = one(op, case, device, group, seed, sweep, roofs.limits(found),
+                           {r["way"]: r for r in before if r["case"] == case.key()})
                 if first:
                     append(where, op, rows, run, stamp)
-                    _say(op, case, rows, explain)
+                    _say(op, case, rows, explain and sitting == 1)
     return 0
+
+
+@contextmanager
+def _little_garbage() -> Iterator[None]:
+    """Before every case garbage is collected (clocks.py): without what is here already, torch's modules above all, 0.1 s less of each."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _by_turns(cases: list[Case]) -> list[Case]:
@@ -117,19 +144,20 @@ def _bounded_memory(ranks: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def one(op: str, case: Case, device: str, group: dist.ProcessGroup | None, seed: int, quick: bool, roof: Any) -> list[dict[str, Any]]:
+def one(op: str, case: Case, device: str, group: dist.ProcessGroup | None, seed: int, sweep: str, roof: Any,
+        earlier: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a case; where it cannot even be built, one row that says why."""
     made, why = None, ""
     try:
-        made = build(op, case, device, group, seed, quick)
+        made = build(op, case, device, group, seed, sweep.startswith("quick"))
     except Exception as e:
         why = failure(e)
     if why := together(why, group):
         made = None
     if made is None:
         return [{"schema": SCHEMA, "op": op, "case": case.key(), "device": device, "seed": seed, "way": "interlace", "failed": why}]
-    return measure(op, case, made, device=device, budget=BUDGET[quick], rounds=(9, 60 if quick else 100), group=group,
-                   roof=roof, seed=seed)
+    how = pace(sweep)
+    return measure(op, case, made, device=device, budget=how.budget, rounds=how.rounds, group=group, roof=roof, seed=seed, earlier=earlier)
 
 
 def _say(op: str, case: Case, rows: Iterable[dict[str, Any]], explain: bool) -> None:

@@ -84,7 +84,7 @@ def test_two_places_in_memory_that_differ_are_noise():
             wait = 2e-3 + made[-1]
             return lambda: (time.sleep(wait), torch.ones(8))[1]
         return Way(truth=lambda got: [torch.ones(8)], fresh=make)
-    for slow in (0.0, 4e-3):
+    for slow in (0.0, 2e-2):
         made.clear()
         found = measured(Ways((), double, fresh(0.0), {"torch eager": fresh(slow)}, cold=True), case, rounds=(12, 12))
         assert len(found["torch eager"]["samples_us"]) == 12 and made == [0, 0, 0, slow]
@@ -97,12 +97,37 @@ def test_two_places_in_memory_that_differ_are_noise():
     assert len({*places[-8:]}) == 2 and places[-2:] == places[-4:-2], "inputs in two places, in turn"
 
 
+def test_two_sittings(monkeypatch):
+    """The rows of the second hold the samples of the first too; a way that failed is not tried again. Two that are quiet and disagree are
+    noise, however many samples each has: what a single sitting cannot see."""
+    case, seconds, last = Case("double", "tiny", {"N": 8}, direction="fwd"), {"ours": 1e-3, "torch": 2e-3}, [""]
+
+    def way(name):
+        return lambda x: (last.__setitem__(0, name), x * 2)[1]
+
+    def fails(x):
+        raise ValueError("no")
+    monkeypatch.setattr(clocks.Clock, "sample", lambda self, fn, inner=1: (fn(), seconds[last[0]])[1])
+    ways = Ways((torch.randn(8),), double, way("ours"), {"torch eager": way("torch"), "peer": fails})
+    first = measured(ways, case, rounds=(6, 6))
+    assert {row.get("n") for row in first.values()} == {6, None} and first["torch eager"]["sitting"] == 1
+    for torchs, ratio, noisy in ((2e-3, 2.0, False), (2.3e-3, 2.3, True)):
+        seconds["torch"] = torchs
+        second = measured(ways, case, rounds=(9, 9), earlier=first)
+        assert {*second} == {"interlace", "torch eager"}, "one that failed is not tried again, and its row stays"
+        row = second["torch eager"]
+        assert (row["sitting"], row["n"], row["noisy"]) == (2, 15, noisy) and abs(row["ratio"] - ratio) < 1e-6
+        assert row["samples_us"] == [2000.0] * 6 + [torchs * 1e6] * 9 and (row["error"], row["repeatable"]) == (0.0, True)
+    loaded = {name: {**row, "busy_cores": 9.0} for name, row in first.items()}
+    assert measured(ways, case, earlier=loaded)["interlace"]["loaded"], "as the first was"
+
+
 def test_a_sweep_ends_in_time():
     """By its own estimate: all on a CPU under an hour, --quick under three minutes. torch.compile once for a function and type."""
     worlds = {"one": (1,), "many": (2,), "both": (1, 2)}
     for sweep, most in (("cpu", 3600), ("quick", 180)):
         every = [c for op, (ranks, _) in OPS.items() for w in worlds[ranks] for c in bench_run.load(op).cases(sweep, w)]
-        assert command._estimate(every, sweep == "quick") < most
+        assert command._estimate(every, sweep) < most
         tried = [(c.call, c.dtype, c.world) for c in every if c.compiled]
         assert tried and len({*tried}) == len(tried)
     case = next(c for c in bench_run.load("swiglu").cases("cpu", 1) if not c.compiled)
@@ -128,13 +153,14 @@ def test_memory_is_bounded():
 
 
 def test_resume(bench, tmp_path, capsys, monkeypatch):
-    """Ctrl-C after the first case: kept, its run is gone on with, and what was measured is not measured again. Other code: refused."""
+    """Ctrl-C after the first case, and in the second sitting: kept, its run is gone on with, and what was measured is not measured
+    again. Other code: refused."""
     every, made = [CASE, Case("double", "other", {"N": 8})], []
     bench.cases = staticmethod(lambda sweep, world: every)
 
     def ways(case, make):
         made.append(case.name)
-        if made == ["tiny", "other"]:
+        if len(made) in (2, 4):
             raise KeyboardInterrupt
         return tiny()
     bench.ways = staticmethod(ways)
@@ -143,9 +169,11 @@ def test_resume(bench, tmp_path, capsys, monkeypatch):
     assert "the same command with --resume goes on" in err and "double tiny" in out
     path = tmp_path / "swiglu.jsonl"
     path.write_text(path.read_text() + '{"half a')                    # killed amid a line
-    assert bench.run("--quick", "--resume") == 0 and made == ["tiny", "other", "other"]
+    assert bench.run("--quick", "--resume") == 130 and "4 rows" in capsys.readouterr().out, "in the second sitting: the first's are kept"
+    assert bench.run("--quick", "--resume") == 0 and made == ["tiny", "other", "other", "tiny", "tiny", "other"]
     out, err = capsys.readouterr()
     assert "goes on with run" in err and "double tiny" in out and "double other" in out and "4 rows" in out
+    assert all(row["sitting"] == 2 and row["n"] == len(row["samples_us"]) >= 10 for row in rows.read(tmp_path, "swiglu", "")), "of both"
     assert bench.run("--resume") == 0 and "nothing to go on with" in capsys.readouterr().err, "another sweep"
     monkeypatch.setattr(bench_run, "provenance", lambda seed=0: {**provenance(seed), "commit": "123"})
     assert bench.run("--quick", "--resume") == 2 and "this is commit 123" in capsys.readouterr().err
@@ -225,7 +253,8 @@ def test_readme_measures_its_own_cases(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "launch", lambda world, target, job, again: (jobs.append((world, job)), 0)[1])
     assert readme.measure(["gemm_ar", "train_step"], tmp_path) == 0
     assert [(w, j["names"], j["sweep"], len(j["only"])) for w, j in jobs] == [
-        (1, ["train_step"], "cpu", 1), (2, ["gemm_ar"], "cpu", 2), (2, ["gemm_ar"], "quick", 2), (2, ["train_step"], "cpu", 5)]
+        (1, ["train_step"], "cpu", 1), (2, ["gemm_ar"], "cpu", 2), (2, ["gemm_ar"], "quick", 2), (2, ["gemm_ar"], "quick", 2),
+        (2, ["train_step"], "cpu", 5)]
     assert len({j["run"] for _, j in jobs}) == 1
 
 
