@@ -9,6 +9,7 @@ A piece held by several ranks says so (`copies`), and whether their gradients ar
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -163,7 +164,8 @@ def reduce_partial_grads(model: nn.Module, tp: Axis, parts: Parts = own_grad) ->
             for _, piece, p in named_pieces(model) if piece.partial for view in _views(piece, p, parts)]
     if not todo:
         return
-    flat = todo[0][0].new_zeros(sum(view.numel() * blocks for view, blocks, _ in todo))
+    dtype = functools.reduce(torch.promote_types, (view.dtype for view, *_ in todo))   # a sum in the first one's would round the others
+    flat = todo[0][0].new_zeros(sum(view.numel() * blocks for view, blocks, _ in todo), dtype=dtype)
     places, at = [], 0
     for view, blocks, block in todo:
         mine = at + block * view.numel()
@@ -189,11 +191,13 @@ def grad_norm(model: nn.Module, mesh: Mesh, parts: Parts = own_grad, *, sharded:
     """The 2-norm of the whole model's gradient, every parameter counted once, summed in fp64 (0-d, fp64). Collective.
 
     What n ranks hold counts 1/n on each: n = copies over tp, times dp (experts: edp) unless `sharded`: there each holds another
-    part; times the stages that hold it (`param.stages`: tied embeddings)."""
+    part; times the stages that hold it (`param.stages`: tied embeddings). A plain parameter, of a user's own module, is whole on
+    every rank of tp, with the same gradient: tp copies."""
     grads: list[Tensor] = []
     factors: list[float] = []
     for _, piece, param in named_pieces(model):
-        holders = piece.copies * getattr(param, "stages", 1) * (1 if sharded else gradient_axis(param, mesh)[0].size)
+        copies = piece.copies if hasattr(param, "pieces") or getattr(param, "expert", False) else mesh.tp.size
+        holders = copies * getattr(param, "stages", 1) * (1 if sharded else gradient_axis(param, mesh)[0].size)
         views = list(_views(piece, param, parts))
         grads += views
         factors += [1 / holders] * len(views)

@@ -4,8 +4,10 @@ import torch
 from ranks import kept, run
 from torch import nn
 
-from interlace.models.config import ModelConfig
+from interlace.models.config import ModelConfig, OptimConfig
 from interlace.models.gpt import GPT
+from interlace.models.optimizer import Optimizer
+from interlace.parallel.data_parallel import DistributedDataParallel
 from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Axis, Mesh
 from interlace.parallel.sharding import (
@@ -259,3 +261,52 @@ def test_one_rank_has_nothing_to_reduce():
     model.norm.grad = torch.ones(6, dtype=torch.float64)
     reduce_partial_grads(model, Axis("tp"))
     assert torch.equal(model.norm.grad, torch.ones(6, dtype=torch.float64))
+
+
+class Own(nn.Module):
+    """A user's: plain torch layers around ours."""
+
+    def __init__(self, tp):
+        super().__init__()
+        torch.manual_seed(3)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+        self.up, self.down = ColumnParallelLinear(8, 16, tp=tp), RowParallelLinear(16, 8, tp=tp, bias=True)
+        init_parameters(self, seed=5)
+
+    def forward(self, x):
+        return self.head(self.down(self.up(self.norm(x)).relu()))
+
+
+def _plain_parameters(rank, world):
+    """The norm, and with it what the clip leaves of a step, is that of one process."""
+    mesh, x = Mesh.build(Layout(world, tp=world)), torch.randn(4, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    models = [Own(m.tp).double() for m in (Mesh(), mesh)]
+    steps = [Optimizer(DistributedDataParallel(model, m), OptimConfig(lr=0.1, min_lr=0.0, clip_grad=0.5))
+             for model, m in zip(models, (Mesh(), mesh))]
+    for _ in range(3):
+        one, split = ((opt.ddp(x).square().mean().backward(), opt.step(0.1))[1] for opt in steps)
+        torch.testing.assert_close(split, one, rtol=1e-13, atol=0)
+    for name in ("norm", "head"):
+        for p, q in zip(getattr(models[0], name).parameters(), getattr(models[1], name).parameters()):
+            torch.testing.assert_close(q, p, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(models[1].up.weight, models[0].up.weight.chunk(world)[rank], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_plain_parameters_of_a_users_module_count_once(tp):
+    run(tp, _plain_parameters, tp)
+
+
+def _mixed_types(rank, world):
+    model = nn.ParameterDict({name: torch.zeros(4, dtype=dtype) for name, dtype in (("a", torch.bfloat16), ("b", torch.float32))})
+    tp = Mesh.build(Layout(world, tp=world)).tp
+    for p in model.values():
+        set_pieces(p, replicated((4,), tp, partial=True))
+        p.grad = torch.full((4,), 1.001, dtype=p.dtype)
+    reduce_partial_grads(model, tp)
+    assert torch.equal(model["b"].grad, torch.full((4,), 1.001) * 2), "an fp32 gradient went through bf16"
+    assert torch.equal(model["a"].grad, torch.full((4,), 2.0).bfloat16())
+
+
+def test_partial_gradients_of_two_types():
+    run(2, _mixed_types, 2)
