@@ -68,12 +68,21 @@ class Mesh:
 
     @classmethod
     def build(cls, layout: Layout) -> Mesh:
-        """Make every group of `layout`; collective over all ranks. Raises: ValueError on another world size."""
+        """Make every group of `layout`; collective over all ranks. Its `sp` and `vpp` make no group: layers have `sequence_parallel=`.
+        Raises: ValueError on another world size, and on sizes that do not divide it."""
         import torch.distributed as dist
         world = dist.get_world_size() if dist.is_initialized() else 1
         if layout.world != world:
             raise ValueError(f"Mesh: the layout must cover every rank, got {layout.world} ranks in the layout and "
                              f"{world} in the world; start {layout.world} ranks or change the sizes")
+        small = [f"{name}={n}" for name, n in (("tp", layout.tp), ("pp", layout.pp), ("ep", layout.ep)) if n < 1]
+        if small:
+            raise ValueError(f"Mesh: the sizes of a layout must be >= 1, got {', '.join(small)}; 1 leaves an axis out")
+        if not layout.whole:
+            raise ValueError(f"Mesh: tp x pp must divide the {world} ranks, got {layout.tp} x {layout.pp}; "
+                             f"start {layout.tp * layout.pp} ranks or a multiple, or change the sizes")
+        if layout.dp * layout.tp % layout.ep:
+            raise ValueError(f"Mesh: ep must divide the dp x tp = {layout.dp * layout.tp} ranks of a stage, got ep={layout.ep}")
         me = dist.get_rank() if world > 1 else 0
 
         def axis(name: str, rows: list[tuple[int, ...]]) -> Axis:

@@ -157,3 +157,13 @@ def _wrong_size(rank):
 
 def test_build_with_a_wrong_world():
     run(2, _wrong_size)
+
+
+@pytest.mark.parametrize("layout, wanted", [
+    (Layout(1, tp=3), "tp x pp must divide the 1 ranks, got 3 x 1"), (Layout(1, tp=1, pp=2), "must divide the 1 ranks, got 1 x 2"),
+    (Layout(1, ep=3), "ep must divide the dp x tp = 1 ranks of a stage, got ep=3"),
+    (Layout(1, tp=0, ep=-2), "the sizes of a layout must be >= 1, got tp=0, ep=-2")])
+def test_build_refuses_what_does_not_fit(layout, wanted):
+    """Each rank trained alone: tp=3 of 2 ranks made axes of one."""
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        Mesh.build(layout)
