@@ -45,7 +45,8 @@ class Runs:
 class Optimizer:
     """AdamW of what this rank steps of `ddp`'s parameters: all of them, or its parts of every bucket under ZeRO-1.
 
-    `own` holds, for each buffer, flat tensors of exactly that: the moments, and fp32 masters where the weights are 16-bit."""
+    `own` holds, for each buffer, flat tensors of exactly that: the moments, and fp32 masters where the weights are 16-bit. Weights that
+    others wrote since (load_state_dict) go on from there: their masters are copied anew."""
 
     def __init__(self, ddp: DistributedDataParallel, cfg: OptimConfig):
         self.ddp, self.cfg, self.reduced, self.steps = ddp, cfg, False, 0
@@ -67,6 +68,7 @@ class Optimizer:
                     runs.copies.append(buffer.weights[here])
                 runs.weight_decay.append(cfg.weight_decay if decay else 0.0)
             self.runs.append(runs)
+        self.written = {p: p._version for p in ddp.buffer_of}         # by others: what adamw and collectives write counts as nothing
 
     @torch.no_grad()
     def reduce_grads(self) -> None:
@@ -84,6 +86,7 @@ class Optimizer:
         is read by the child of the model that holds it. Call ddp.ready() before anything else reads them, or uses the dp axis."""
         self.reduce_grads()
         norm = grad_norm(self.ddp.module, self.ddp.mesh, self.ddp.parts, sharded=self.ddp.sharded).item()
+        self._take_over()
         if math.isfinite(norm):
             scale = min(1.0, self.cfg.clip_grad / (norm + 1e-6)) if self.cfg.clip_grad else 1.0
             self.steps += 1
@@ -95,6 +98,24 @@ class Optimizer:
         self.ddp.zero_grad()
         self.reduced = False
         return norm
+
+    def _take_over(self) -> None:
+        """Masters of weights that others wrote. The others' low bits stay: a checkpoint's weights are its masters, rounded."""
+        for p, version in self.written.items():
+            buffer = self.ddp.buffer_of[p]
+            if p._version != version and "master" in self.own[buffer]:
+                for here, master in self._places(p, "master"):
+                    weights = buffer.weights[here]
+                    master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.to(master.dtype)))
+            self.written[p] = p._version
+
+    def _places(self, p: nn.Parameter, kind: str) -> Iterator[tuple[slice, Tensor]]:
+        """(where in its buffer, this rank's state of it) of every part of one parameter."""
+        buffer = self.ddp.buffer_of[p]
+        for _, here in buffer.parts(p):
+            bucket = next(b for b in buffer.reaches(p) if b.start <= here.start < b.stop)
+            first = bucket.start // buffer.shards + here.start - bucket.own().start
+            yield here, self.own[buffer][kind][first:first + here.stop - here.start]
 
     def kinds(self) -> list[str]:
         """What a checkpoint keeps for a parameter: exp_avg, exp_avg_sq, and master under 16-bit training."""
@@ -110,11 +131,9 @@ class Optimizer:
 
     def set_state(self, kind: str, p: nn.Parameter, whole: Tensor) -> None:
         """Take this rank's parts of one parameter's state."""
-        buffer = self.ddp.buffer_of[p]
-        for at, here in buffer.parts(p):
-            bucket = next(b for b in buffer.reaches(p) if b.start <= here.start < b.stop)
-            first = bucket.start // buffer.shards + here.start - bucket.own().start
-            self.own[buffer][kind][first:first + here.stop - here.start] = whole.reshape(-1)[at:at + here.stop - here.start]
+        for here, part in self._places(p, kind):
+            at = here.start - self.ddp.buffer_of[p].start[p]
+            part.copy_(whole.reshape(-1)[at:at + len(part)])
 
     def set_steps(self, steps: int) -> None:
         """How many updates the state has seen (for Adam's bias correction)."""

@@ -75,6 +75,10 @@ class Buffer:
             for bucket in self.reaches(p):
                 bucket.params.append(p)
 
+    def address(self, p: nn.Parameter) -> int:
+        """Where p begins in memory."""
+        return self.weights.data_ptr() + self.start[p] * self.weights.element_size()
+
     def reaches(self, p: nn.Parameter) -> list[Bucket]:
         """The buckets that hold a part of p."""
         first, last, size = self.start[p], self.start[p] + p.numel(), self.buckets[0].stop
@@ -169,7 +173,8 @@ class DistributedDataParallel(nn.Module):
         module: every parameter on its device, the same weights on all ranks of an axis. mesh: default one process.
         bucket_size: numbers (not bytes) in a bucket, as Megatron's --ddp-bucket-size; None: 1/64 of them, 2**20 at least.
         use_distributed_optimizer: ZeRO-1. After finish() only `parts(p)` of main_grad hold the mean; models/optimizer.py steps them.
-    Raises (from backward or finish): RuntimeError for a second backward after the reduction began; what the collectives raise.
+    Raises (from backward or finish): RuntimeError for a second backward after the reduction began, and where the module's parameters
+    are no longer those of the buffers; what the collectives raise.
     """
 
     def __init__(self, module: nn.Module, mesh: Mesh | None = None, *, bucket_size: int | None = None,
@@ -299,6 +304,7 @@ class DistributedDataParallel(nn.Module):
         """Reduce what is left and wait for all of it; a parameter without a gradient has zero. Twice is as once."""
         if self.done:
             return
+        self._still_here()
         for p in self.buffer_of:
             if p.grad is not None:                                    # set by hand, past autograd's hooks
                 self._arrived(p)
@@ -310,6 +316,14 @@ class DistributedDataParallel(nn.Module):
         if self.worker is not None:
             self.worker.wait()
         self.done = True
+
+    def _still_here(self) -> None:
+        """Else the buffers would be stepped, and the model would compute with others."""
+        for name, p in self.module.named_parameters():
+            buffer = self.buffer_of.get(p)
+            if p.requires_grad and (buffer is None or (p.numel() and p.data_ptr() != buffer.address(p))):
+                raise RuntimeError(f"DistributedDataParallel: the parameters must stay those that were wrapped, in its buffers, got a new "
+                                   f"{name}: by module.to(), load_state_dict(assign=True) or requires_grad_()? Do that first, then wrap")
 
     def parts(self, p: nn.Parameter) -> Iterable[tuple[int, Tensor]]:
         """(place in the flattened p, gradient there) of what this rank steps: all of p, or its parts under ZeRO-1."""

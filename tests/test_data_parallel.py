@@ -108,6 +108,19 @@ def test_one_more_backward_than_announced_is_refused():
         ddp(sample(0)).sum().backward()
 
 
+@pytest.mark.parametrize("moved", [
+    lambda m: m.float(), lambda m: m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True),
+    lambda m: m.append(nn.Linear(3, 3).double())], ids=["float", "assign", "append"])
+def test_parameters_that_left_their_buffers_are_refused(moved):
+    """The buffers were stepped, and the model did not move."""
+    model = mlp()
+    ddp = DistributedDataParallel(model)
+    moved(model)
+    model(sample(0).to(next(model.parameters()).dtype)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"must stay those that were wrapped, in its buffers, got a new \S+: by module.to\(\)"):
+        ddp.finish()
+
+
 def test_gradients_set_by_hand_count():
     """A pipeline schedule that splits the backward assigns p.grad itself, past autograd's hooks."""
     model = mlp()
