@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import add_layer_norm, add_rms_norm, attention, dropout, gelu, layer_norm, rms_norm, rope, rope_tables, swiglu
 from ..kernels.comm import rs_residual_norm
 from ..parallel.deferred import Deferred
-from ..parallel.expert_parallel import MoELayer, RouterOptions
+from ..parallel.expert_parallel import MoELayer, RouterOptions, place
 from ..parallel.layout import stage_layers, stages_of_rank
 from ..parallel.mesh import Axis, Mesh
 from ..parallel.sharding import init_parameters, replicated, set_pieces
@@ -184,7 +184,8 @@ class GPT(nn.Module):
     seed of weights and dropout.
 
     Forward: ids, labels [B, S] int64 -> mean loss (0-d, fp32 or fp64). first_sample: place of the batch in the global order
-    of samples, which dropout masks depend on. With pp > 1 `stages` gives the parts that `Pipeline` runs.
+    of samples, which the masks of dropout and jitter depend on: while they draw it must be given, or every step had the same ones.
+    With pp > 1 `stages` gives the parts that `Pipeline` runs.
     """
 
     embed_tokens: Any                                                 # these four: None on the stages that have none
@@ -251,8 +252,10 @@ class GPT(nn.Module):
                 h = layer(h, tables, first_sample)
         return h
 
-    def hidden(self, ids: Tensor, first_sample: int = 0) -> Tensor:
+    def hidden(self, ids: Tensor, first_sample: int | None = None) -> Tensor:
         """ids [B, S] -> the normalised output of the last layer, [S/t, B, D]"""
+        draws = self.cfg.hidden_dropout or self.cfg.attention_dropout or (self.cfg.num_moe_experts and self.cfg.moe_input_jitter_eps)
+        first_sample = place("GPT", first_sample, self.training and bool(draws))
         return self.norm(self.run(self.embed(ids, first_sample), range(self.cfg.num_layers), first_sample))
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -260,7 +263,7 @@ class GPT(nn.Module):
         of 0: so the mean over ranks and micro-batches is that of the whole batch."""
         return vocab_parallel_cross_entropy(self.lm_head(hidden), labels.t(), self.tp, num_embeddings=self.vocab_size).mean()
 
-    def forward(self, ids: Tensor, labels: Tensor, first_sample: int = 0) -> Tensor:
+    def forward(self, ids: Tensor, labels: Tensor, first_sample: int | None = None) -> Tensor:
         return self.loss(self.hidden(ids, first_sample), labels)
 
     def stages(self) -> dict[int, Stage]:

@@ -146,6 +146,14 @@ class _WithLosses(torch.autograd.Function):
         return do, torch.full_like(losses, ctx.layer.loss_scale), None, None, None, None
 
 
+def place(of: str, first_sample: int | None, draws: bool) -> int:
+    """first_sample, 0 where it was not given and does not matter. Raises: ValueError where it does."""
+    if first_sample is None and draws:
+        raise ValueError(f"{of}: first_sample must be given while dropout or jitter draws, for their masks go by it, got none: every step "
+                         "would have the same ones; pass the number of the batch's first sample, step * batch size, or call eval()")
+    return first_sample or 0
+
+
 class MoELayer(nn.Module):
     """A mixture of experts in place of an MLP: [S(/t), B, D] -> [S(/t), B, D].
 
@@ -191,7 +199,10 @@ class MoELayer(nn.Module):
             self.register_buffer(name, torch.zeros(size, dtype=kind), persistent=False)
         init_parameters(self)
 
-    def forward(self, x: Tensor, first_sample: int = 0) -> Tensor:
+    def forward(self, x: Tensor, first_sample: int | None = None) -> Tensor:
+        if x.dim() != 3:
+            raise ValueError(f"MoELayer: x must be [S, B, D], got {list(x.shape)}; of tokens [T, D] take x.unsqueeze(1)")
+        first_sample = place("MoELayer", first_sample, self.training and bool(self.options.input_jitter_eps))
         mine = scatter_to(x, self.tp) if self.split else x
         o = self.routed(mine, first_sample)
         if self.split:
@@ -384,8 +395,12 @@ def replay_routing(model: nn.Module, routes: dict[str, dict[int, Tensor]]) -> It
     """Within it the layers take the choices of `record_routing`, or of another program in that form (a reinforcement learner's rollout);
     probs are those of the layer's own scores, so gradients flow as if it had chosen them. Layers that routes do not name choose.
 
-    Raises: ValueError where no layer has enable_routing_replay, a layer misses a micro-batch, or its shape is another."""
+    Raises: ValueError where no layer has enable_routing_replay, routes name none of them, a layer misses a micro-batch, or its shape is
+    another."""
     layers = _replayable(model)
+    if routes and not routes.keys() & layers.keys():
+        raise ValueError(f"routing replay: routes must name layers of this model, such as {next(iter(layers))}, got "
+                         f"{', '.join(list(routes)[:3])}; record and replay on the same module, not once on a wrapper of it")
     for name, layer in layers.items():
         layer.replay = routes.get(name)
     try:

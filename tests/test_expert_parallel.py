@@ -219,7 +219,7 @@ def test_noise_is_of_training_alone():
     moe, x = layer(RouterOptions(input_jitter_eps=0.5)), torch.randn(4, 2, D, dtype=torch.float64)
     with torch.no_grad():
         plain = layer()(x)
-        assert not torch.equal(moe(x), plain) and not torch.equal(moe(x), moe(x, 1)) and torch.equal(moe(x), moe(x))
+        assert not torch.equal(moe(x, 0), plain) and not torch.equal(moe(x, 0), moe(x, 1)) and torch.equal(moe(x, 0), moe(x, 0))
         assert torch.equal(moe.eval()(x), plain)
 
 
@@ -273,6 +273,19 @@ def test_replay_takes_the_recorded_choices(recompute):
         new(x, 5)
     with pytest.raises(ValueError, match=r"set model.moe_enable_routing_replay=true"), record_routing(layer()):
         pass
+    with pytest.raises(ValueError, match=r"must name layers of this model, such as mlp, got module\.mlp"), \
+            replay_routing(holder, {"module.mlp": routes["mlp"]}):    # those of a wrapper: it chose itself, in silence
+        pass
+
+
+def test_noise_needs_to_know_the_batch():
+    """Of a default every step had the same noise."""
+    moe, x = layer(RouterOptions(input_jitter_eps=0.1)), torch.randn(4, 2, D, dtype=torch.float64)
+    with pytest.raises(ValueError, match="MoELayer: first_sample must be given while dropout or jitter draws"):
+        moe(x)
+    assert not torch.equal(moe(x, 0), moe(x, 2)) and torch.equal(moe.eval()(x), moe(x, 2))
+    with pytest.raises(ValueError, match=r"x must be \[S, B, D\], got \[8, 12\]; of tokens"):
+        moe(x.view(8, D))
 
 
 # ---- over ranks -----------------------------------------------------------------------------------------------
@@ -388,7 +401,7 @@ def _without_values(rank, world, tp, ep, options, reads, sequence=4):
             m._buffers.update({n: torch.empty(b.shape, dtype=b.dtype) for n, b in m._buffers.items() if b is not None})
         x = torch.empty(sequence, 2, D, dtype=torch.float64, requires_grad=True)
         try:
-            o = moe(x)
+            o = moe(x, 0)
             o.sum().backward()
             assert o.shape == x.grad.shape == x.shape
         except DataDependentOutputException as e:

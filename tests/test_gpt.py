@@ -128,3 +128,13 @@ def test_sizes():
     with pytest.raises(ValueError, match="at most 8 positions"):
         model.hidden(torch.zeros(1, 9, dtype=torch.long))
     assert [padded_vocab(cfg.model, 45, t) for t in (1, 2, 4)] == [48, 48, 64]
+
+
+@pytest.mark.parametrize("options", [{"hidden_dropout": 0.1}, {"attention_dropout": 0.1},
+                                     {"num_moe_experts": 2, "moe_input_jitter_eps": 0.1}])
+def test_masks_need_to_know_the_batch(options):
+    """Of a default every step had the same masks."""
+    model, ids = GPT(config(options).model, vocab_size=45), torch.zeros(1, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="GPT: first_sample must be given while dropout or jitter draws"):
+        model(ids, ids)
+    assert model(ids, ids, 0).isfinite() and model.eval()(ids, ids).isfinite()
