@@ -233,8 +233,9 @@ def test_misuse():
             rs_residual_norm(*args)
     out = torch.ones(4, requires_grad=True)
     for op in (all_reduce, all_gather, reduce_scatter, all_to_all):
-        with pytest.raises(ValueError, match="out must not require a gradient"):
-            op(torch.ones(4), None, out=out)
+        for x, y in ((torch.ones(4), out), (out, torch.ones(4))):
+            with pytest.raises(ValueError, match="x and out must not require a gradient"):
+                op(x, None, out=y)
         with torch.no_grad():
             op(torch.ones(4), None, out=out)
     with pytest.raises(ValueError, match="SymmHeap: group must be a torch process group, got None"):

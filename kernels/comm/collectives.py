@@ -221,11 +221,13 @@ _exchange = register("all_to_all(Tensor x, str group) -> Tensor", _all_to_all,
 
 
 def _lean(x: Tensor, out: Tensor | None) -> bool:
-    """True where nobody records x: then a call is its kernel. What is recorded goes through the op. Raises: ValueError for an out that is
-    recorded itself: its graph would not know."""
-    if out is not None and out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out must not require a gradient where gradients are recorded, got one that does; use torch.no_grad()")
-    return not traced() and (out is not None or not (x.requires_grad and torch.is_grad_enabled()))
+    """True where nobody records x: then a call is its kernel. What is recorded goes through the op. Raises: ValueError for an out where
+    gradients are recorded: no graph would know of it."""
+    recorded = torch.is_grad_enabled()
+    if out is not None and recorded and (out.requires_grad or x.requires_grad):
+        raise ValueError("x and out must not require a gradient where gradients are recorded and there is an out, got one that does; "
+                         "leave out away, or use torch.no_grad()")
+    return not traced() and (out is not None or not (x.requires_grad and recorded))
 
 
 def _into(y: Tensor, out: Tensor | None) -> Tensor:
