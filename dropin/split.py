@@ -262,6 +262,8 @@ def gather(param: Tensor, local: Tensor, tp: Axis) -> Tensor:
     Experts are gathered over the axis they are spread over, `param.axis`."""
     own: Axis | None = getattr(param, "axis", None)
     axis, parts = own or tp, []
+    if not local.dim():                                               # one number, on every rank
+        return local
     for piece in pieces_of(param):
         d, copies = piece.dim, 1 if own else piece.copies
         if piece.length == piece.shape[d] and copies == axis.size:

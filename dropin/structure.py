@@ -316,7 +316,12 @@ def table_options(m: Any) -> str:
 
 def split_vocabulary(out: Plan, model: Any, names: dict[int, str], tp: Axis) -> None:
     """The input embedding and the output head, as transformers' models name them."""
-    found: list[Any] = [getattr(model, f"get_{w}_embeddings", lambda: None)() for w in ("input", "output")]
+    found: list[Any] = []
+    for which in ("input", "output"):
+        try:
+            found.append(getattr(model, f"get_{which}_embeddings", lambda: None)())
+        except NotImplementedError:                                   # transformers, of a model with two of them (CLIP)
+            found.append(None)
     embed, head = found
     whole = False                                                     # tied to a table that is not split
     if id(embed) in names and "_interlace_split" not in vars(embed):

@@ -456,3 +456,26 @@ def _recorded(rank):
 @needs_stacks
 def test_records_of_parts_are_refused():
     run(2, _recorded)
+
+
+def _two_towers(rank):
+    """CLIP has two input embeddings, and refuses to name one."""
+    from transformers import CLIPConfig, CLIPModel
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    text, image = {"vocab_size": 61, "max_position_embeddings": 16, "eos_token_id": 60}, {"image_size": 8, "patch_size": 4}
+    model = CLIPModel(CLIPConfig(text_config=sizes | text, vision_config=sizes | image, projection_dim=16)).double().eval()
+    pixels = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    batch = {"input_ids": torch.randint(60, (2, 7)), "pixel_values": pixels, "return_loss": True}
+    want = model(**batch).loss
+    want.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert interlace.replace_(model, mesh(2, 2)).replaced
+    got = model(**batch).loss
+    got.backward()
+    close({"loss": got} | {n: gather(p, p.grad, mesh(2, 2).tp) for n, p in model.named_parameters() if n in grads}, {"loss": want} | grads)
+
+
+def test_a_model_of_two_towers():
+    run(2, _two_towers)
