@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .parallel.errors import RunError, UserError, missing_package, nearest
@@ -218,17 +219,24 @@ def _is_override(text: str) -> bool:
 
 
 def _config(args: argparse.Namespace) -> tuple[Config, int]:
-    """(config, world), checked as far as can be without torch."""
-    from .launch import default_nproc
+    """(config, world), checked as far as can be without torch; fields that change nothing are named."""
+    from .launch import default_nproc, speaks
     from .models.config import load_config
+    from .models.idle import without_effect
     from .parallel.layout import Layout
     config = load_config(args.config, args.overrides)
+    if getattr(args, "data", None):
+        if config.data.paths:
+            raise UserError("the text must be given once, got both --data and data.paths; keep one")
+        config = replace(config, data=replace(config.data, paths=args.data))
     m = config.model
     ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
     world = args.nproc if args.nproc is not None else default_nproc(ranks)
     if world < 1:
         raise UserError(f"--nproc must be >= 1, got {world}")
     Layout.from_config(config, world)
+    if speaks() and (fields := without_effect(config, reads_text=args.command == "train")):
+        print(f"interlace: set without effect: {fields}", file=sys.stderr, flush=True)
     return config, world
 
 
@@ -239,13 +247,9 @@ def _train(args: argparse.Namespace) -> int:
     if args.profile is not None and args.profile < 1:
         raise UserError(f"--profile must be >= 1, the steps to trace, got {args.profile}")
     config, world = _config(args)
-    tree = to_dict(config)
-    if args.data:
-        if config.data.paths:
-            raise UserError("the text must be given once, got both --data and data.paths; keep one")
-        tree["data"]["paths"] = args.data
-    check_paths(tree["data"]["paths"])
-    return launch(world, "interlace.models.train:train", {"config": tree, "out": args.out, "profile": args.profile or 0}, again=RESUME,
+    check_paths(config.data.paths)
+    kwargs = {"config": to_dict(config), "out": args.out, "profile": args.profile or 0}
+    return launch(world, "interlace.models.train:train", kwargs, again=RESUME,
                   **({"grace": 20.0} if args.profile else {}))        # a trace is written on the way out
 
 

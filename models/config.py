@@ -95,7 +95,7 @@ class ModelConfig(_Checked):
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
     rotary_base: Positive = 10000.0                             # rope only
     share_embeddings_and_output_weights: bool = False           # one matrix for input and output
-    add_bias_linear: bool = False                               # bias in every linear layer
+    add_bias_linear: bool = False                               # bias in attention, MLPs and the shared expert; experts have none
     hidden_dropout: Probability = 0.0                           # after embedding, attention and mlp
     attention_dropout: Probability = 0.0                        # of attention probabilities
     init_method_std: PositiveOrZero = 0.02                      # of initial weights
@@ -166,6 +166,15 @@ class ModelConfig(_Checked):
             wrong.append(f"model.{e}")
         if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
             wrong.append("model.moe_pad_expert_input_to_capacity needs model.moe_expert_capacity_factor, got none; set it to 1.25")
+        if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
+            wrong.append("model.moe_shared_expert_gate needs model.moe_shared_expert_intermediate_size (the shared expert that it weighs), "
+                         "got none; set it, or model.moe_shared_expert_gate=false")
+        if self.moe_router_norm_topk_prob is False and self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax:
+            wrong.append("model.moe_router_norm_topk_prob=false needs model.moe_router_pre_softmax=true (softmax over the chosen experts "
+                         "sums to 1), got false; set it to true, or model.moe_router_norm_topk_prob=none")
+        if self.num_moe_experts is not None and isinstance(self.moe_layer_freq, tuple) and not any(self.moe_layer_freq):
+            wrong.append(f"model.moe_layer_freq must have a 1 where model.num_moe_experts={self.num_moe_experts}, got "
+                         f"{list(self.moe_layer_freq)}; set model.num_moe_experts=none for a dense model")
         return wrong
 
     def has_experts(self, layer: int) -> bool:
@@ -195,7 +204,13 @@ class ModelConfig(_Checked):
 class SchedConfig(_Checked):
     warmup_steps: CountOrZero = 20                              # steps from 0 to lr
     decay: Literal["cosine", "linear", "constant"] = "cosine"   # from lr to min_lr after the warm-up
-    decay_steps: Count | None = None                            # step that reaches min_lr; None: trainer.max_steps
+    decay_steps: Count | None = None                            # step that reaches min_lr, > warmup_steps; None: trainer.max_steps
+
+    def _between(self) -> list[str]:
+        if self.decay == "constant" or self.decay_steps is None or self.decay_steps > self.warmup_steps:
+            return []                                                 # a run may end in its warm-up: a smoke test
+        return [f"optim.sched.decay_steps must be > optim.sched.warmup_steps (the rate falls between them), got {self.decay_steps} and "
+                f"{self.warmup_steps}; set optim.sched.warmup_steps={self.decay_steps // 10}, or a later decay_steps"]
 
 
 @dataclass(frozen=True)
@@ -358,9 +373,16 @@ def _build(values: dict[str, Any], problems: list[str]) -> Config:
         except UserError as e:
             problems.append(str(e))
     raise_problems("config", problems)
-    sched = SchedConfig(**sections["optim.sched"])
-    return Config(ModelConfig(**sections["model"]), OptimConfig(**sections["optim"], sched=sched),
-                  DataConfig(**sections["data"]), TrainerConfig(**sections["trainer"]))
+
+    def made(cls: type[_Checked], **more: Any) -> Any:
+        try:
+            return cls(**sections[_SECTION[cls]], **more)
+        except UserError as e:                                        # the sections after it may be wrong too
+            problems.extend(e.problems)
+            return cls()
+    parts = (made(ModelConfig), made(OptimConfig, sched=made(SchedConfig)), made(DataConfig), made(TrainerConfig))
+    raise_problems("config", problems)
+    return Config(*parts)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -206,6 +206,8 @@ def from_config(c: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         reasons.append("rope must turn whole heads, got a partial_rotary_factor")
     raise_problems(f"convert: this {architecture} cannot be computed here", reasons)
     words = {ours: c[theirs] for ours, theirs in sizes.items()}
+    if words.get("moe_router_topk") == 1:                             # a Mixtral's one prob is 1: said aloud, as training demands
+        words["moe_router_norm_topk_prob"] = True
     words["share_embeddings_and_output_weights"] = c.get("tie_word_embeddings", gpt2)
     if gpt2:
         return architecture, {**words, "ffn_hidden_size": c.get("n_inner") or 4 * c["n_embd"], "normalization": "layernorm",

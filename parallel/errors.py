@@ -6,7 +6,9 @@ __all__ = ["RunError", "UserError", "missing_package", "nearest", "raise_problem
 
 
 class UserError(ValueError):
-    """A user's mistake: one message, no traceback. `interlace` prints it and exits with 2."""
+    """A user's mistake: one message, no traceback. `interlace` prints it and exits with 2. problems: those of `raise_problems`."""
+
+    problems: tuple[str, ...] = ()
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
@@ -24,10 +26,11 @@ def missing_package(error: Exception) -> str:
 
 def raise_problems(what: str, problems: list[str]) -> None:
     """Raise one UserError that holds every problem; return when there is none."""
-    if len(problems) == 1:
-        raise UserError(f"{what}: {problems[0]}")
     if problems:
-        raise UserError("\n  - ".join([f"{what}: {len(problems)} problems", *problems]))
+        many = "\n  - ".join([f"{what}: {len(problems)} problems", *problems])
+        error = UserError(f"{what}: {problems[0]}" if len(problems) == 1 else many)
+        error.problems = tuple(problems)
+        raise error
 
 
 class RunError(RuntimeError):

@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import aux_loss, expert_mlp, forced_balance, jitter, route_plan, router, update_expert_bias, z_loss
+from ..kernels import aux_loss, expert_mlp, forced_balance, jitter, route_plan, router, router_ref, update_expert_bias, z_loss
 from ..kernels.comm import all_gather, all_reduce, combine, dispatch, dispatch_plan
 from ..kernels.dispatch import once
-from ..kernels.router import Routing
+from ..kernels.router import SCORES, Routing
 from .collectives import scatter_to, stack_from
 from .layout import balancing
 from .mesh import Axis, Mesh
@@ -64,6 +64,18 @@ class RouterOptions:
 
     def __post_init__(self) -> None:
         balancing(self.load_balancing, self.aux_loss_coeff)           # raises
+        if self.score_function not in SCORES:
+            raise ValueError(f"RouterOptions: score_function must be one of {', '.join(SCORES)}, got {self.score_function!r}")
+        if self.norm_topk_prob is False and self.score_function == "softmax" and not self.pre_softmax:
+            raise ValueError("RouterOptions: norm_topk_prob=False needs pre_softmax=True (softmax over the chosen experts sums to 1), got "
+                             "False; set it")
+        if (self.num_groups is None) != (self.group_topk is None):
+            raise ValueError("RouterOptions: num_groups and group_topk go together (both or neither), got "
+                             f"{self.num_groups} and {self.group_topk}")
+        if not self.scaling_factor > 0:
+            raise ValueError(f"RouterOptions: scaling_factor must be above 0, got {self.scaling_factor}; 1.0 is none")
+        if not self.z_loss_coeff >= 0:
+            raise ValueError(f"RouterOptions: z_loss_coeff must be >= 0, got {self.z_loss_coeff}; 0.0 is off")
         if self.drop_policy not in ("probs", "position"):
             raise ValueError(f"RouterOptions: drop_policy must be probs or position, got {self.drop_policy!r}")
         if self.capacity_factor is not None and not self.capacity_factor > 0:
@@ -72,6 +84,13 @@ class RouterOptions:
             raise ValueError("RouterOptions: pad_expert_input_to_capacity needs a capacity_factor, got None; 1.25 is usual")
         if self.input_jitter_eps is not None and not 0 < self.input_jitter_eps < 1:
             raise ValueError(f"RouterOptions: input_jitter_eps must be in (0, 1), got {self.input_jitter_eps}; None is no noise")
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """Those that `router` takes."""
+        return {"topk": self.topk, "score_function": self.score_function, "pre_softmax": self.pre_softmax,
+                "norm_topk_prob": self.norm_topk_prob, "num_groups": self.num_groups, "group_topk": self.group_topk,
+                "scaling_factor": self.scaling_factor}
 
 
 class TopKRouter(nn.Module):
@@ -82,6 +101,7 @@ class TopKRouter(nn.Module):
     def __init__(self, hidden_size: int, num_experts: int, options: RouterOptions, *, tp: Axis, partial: bool = False,
                  init_std: float = 0.02, dtype: torch.dtype | None = None):
         super().__init__()
+        router_ref(torch.empty(0, num_experts, device="cpu"), **options.words)   # raises what the first forward would
         self.options, self.num_experts = options, num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype))
         set_pieces(self.weight, replicated((num_experts, hidden_size), tp, partial), std=init_std)
@@ -90,11 +110,9 @@ class TopKRouter(nn.Module):
         init_parameters(self)
 
     def forward(self, x: Tensor, sequences: int = 1, ids: Tensor | None = None) -> Routing:
-        o, wide = self.options, torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         logits = F.linear(x.to(wide), self.weight.to(wide))
-        return router(logits, o.topk, score_function=o.score_function, pre_softmax=o.pre_softmax, norm_topk_prob=o.norm_topk_prob,
-                      expert_bias=self.expert_bias, num_groups=o.num_groups, group_topk=o.group_topk,
-                      scaling_factor=o.scaling_factor, sequences=sequences, ids=ids)
+        return router(logits, **self.options.words, expert_bias=self.expert_bias, sequences=sequences, ids=ids)
 
 
 class _Stacked(nn.Module):
@@ -116,6 +134,8 @@ class Experts(nn.Module):
         super().__init__()
         if num_experts % ep.size:
             raise ValueError(f"Experts: num_experts must be divisible by {ep.name}={ep.size}, got {num_experts}; use another number")
+        if activation not in ("swiglu", "gelu"):
+            raise ValueError(f"Experts: activation must be swiglu or gelu, got {activation!r}")
         n = num_experts // ep.size
         here, parts = range(ep.rank * n, (ep.rank + 1) * n), ("gate_proj", "up_proj") if activation == "swiglu" else ("up_proj",)
         self.activation = activation
@@ -162,7 +182,8 @@ class MoELayer(nn.Module):
         shared: an MLP that every token goes through, added; shared_gate: times sigmoid(x @ gate). seed: of the router's noise.
     Forward: x, and first_sample, the place of x's first sample in the global order: noise, global_aux_loss and replay go by it.
     loss_scale: of the balancing losses in the backward, 1 / micro-batches of a step.
-    Raises: ValueError where num_experts does not divide over ep, topk exceeds it, or the sequence does not divide over tp.
+    Raises: ValueError where num_experts does not divide over ep or the options do not fit it; in a forward, where the sequence does not
+      divide over tp.
     """
 
     tokens_per_expert: Tensor                                         # what the layer saw: see Statistics
@@ -177,6 +198,8 @@ class MoELayer(nn.Module):
         super().__init__()
         if not 1 <= options.topk <= num_experts:
             raise ValueError(f"MoELayer: topk must be in [1, {num_experts}], the number of experts, got {options.topk}")
+        if shared_gate and shared is None:
+            raise ValueError("MoELayer: shared_gate needs a shared expert to weigh, got shared=None; give one")
         mesh = mesh or Mesh()
         self.tp, self.dp, self.ep, self.options, self.num_experts = mesh.tp, mesh.dp, mesh.ep, options, num_experts
         self.loss_scale, self.seed = 1.0, seed

@@ -108,6 +108,7 @@ def bucketing(numbers: int, ranks: int, size: int | None) -> tuple[int, int]:
     return whole, max(1, (size or max(1 << 20, whole // 64)) // unit) * unit
 
 
+MOST_EXPERTS = 1024                                                   # of the router, which imports torch
 BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
 
 
@@ -362,11 +363,25 @@ def _experts(m: ModelConfig, at: Layout) -> str | None:
             f"got {m.num_moe_experts} and {at.ep}")
 
 
+def _most(m: ModelConfig, at: Layout) -> str | None:
+    if m.num_moe_experts is None or m.num_moe_experts <= MOST_EXPERTS:
+        return None
+    return f"num_moe_experts must be at most {MOST_EXPERTS} (the router holds a token's scores in registers), got {m.num_moe_experts}"
+
+
 def _topk(m: ModelConfig, at: Layout) -> str | None:
     if m.num_moe_experts is None or m.moe_router_topk <= m.num_moe_experts:
         return None
     return ("moe_router_topk must be at most num_moe_experts (a token goes to that many different experts), "
             f"got {m.moe_router_topk} and {m.num_moe_experts}")
+
+
+def _top1(m: ModelConfig, at: Layout) -> str | None:
+    weighs = m.moe_router_score_function != "softmax" or m.moe_router_pre_softmax or m.moe_router_norm_topk_prob
+    if (m.num_moe_experts or 1) == 1 or m.moe_router_topk > 1 or weighs:
+        return None
+    return ("moe_router_pre_softmax must be true with moe_router_topk 1 (softmax over the one expert chosen is 1: the router would learn "
+            "from balancing losses alone; if that is meant, as in a Mixtral of top 1, moe_router_norm_topk_prob=true says so), got false")
 
 
 def _freq(m: ModelConfig, at: Layout) -> str | None:
@@ -423,7 +438,9 @@ RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {                    # name: it
     "ep over stage": (_ep, (RANKS, EP)),
     "ep without experts": (_ep_dense, (EP,)),
     "experts over ep": (_experts, (EP, "num_moe_experts")),
+    "most experts": (_most, ()),
     "topk": (_topk, ("moe_router_topk", "num_moe_experts")),
+    "gradient of top 1": (_top1, ("moe_router_topk",)),
     "layers with experts": (_freq, ("num_layers",)),
     "groups of experts": (_expert_groups, ("moe_router_topk", "num_moe_experts")),
     "tokens over tp": (_tokens, ("seq_length", TP)),

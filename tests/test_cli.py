@@ -94,6 +94,8 @@ def test_closed_streams(streams):
     (["train", "--nproc", "3", "ep=2", "model.num_moe_experts=4"], "expert_model_parallel_size must divide the ranks of a stage"),
     (["verify", "model.num_moe_experts=2", "model.moe_router_topk=3"], "moe_router_topk must be at most num_moe_experts"),
     (["explain", "model.moe_pad_expert_input_to_capacity=true"], "needs model.moe_expert_capacity_factor, got none"),
+    (["verify", "model.num_moe_experts=2048"], "num_moe_experts must be at most 1024"),
+    (["train", "model.num_moe_experts=4", "model.moe_router_topk=1"], "moe_router_pre_softmax must be true with moe_router_topk 1"),
     (["train", "model.moe_router_load_balancing_type=[aux_loss, none]"], "must name different losses, or none alone"),
     (["generate", "--top-k", "-1"], "--top-k must be >= 0, got -1"),
     (["generate", "tp=2"], "unknown argument tp=2"),
@@ -157,6 +159,20 @@ def test_train_passes_config_and_data_on(launched, tmp_path):
     assert target == "interlace.models.train:train" and kwargs["out"] == "o" and "resume" in options["again"]
     assert kwargs["config"]["optim"]["lr"] == 3e-4 and kwargs["config"]["data"]["paths"] == [str(tmp_path), str(odd)]
     assert cli.main(["train", "--data", str(tmp_path), f"data.paths={tmp_path}"]) == 2
+
+
+@pytest.mark.parametrize("words, wanted", [
+    (["train", "optim.min_lr=0", "optim.sched.decay=constant"], "optim.min_lr (as optim.sched.decay=constant)"),
+    (["verify", "model.moe_router_topk=1"], "model.moe_router_topk (as model.num_moe_experts=none)"),
+    (["explain", "model.moe_router_topk=1"], "model.moe_router_topk (as model.num_moe_experts=none)"),
+    (["train", "data.extensions=.py"], "data.extensions (as data.paths=[])"),
+    (["train", "data.extensions=.py", "--data", __file__], ""), (["explain", "data.extensions=.py"], ""), (["train"], "")], ids=" ".join)
+def test_fields_without_effect_are_named_once(launched, capsys, monkeypatch, words, wanted):
+    assert cli.main(words) == 0
+    assert capsys.readouterr().err == (f"interlace: set without effect: {wanted}\n" if wanted else "")
+    for name, value in {"WORLD_SIZE": "1", "RANK": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(words) == 0 and capsys.readouterr().err == ""     # rank 0 of torchrun has said it
 
 
 def test_ctrl_c_in_one_process(monkeypatch, capsys):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from interlace.models import config as module
 from interlace.models.config import Config, ModelConfig, OptimConfig, TrainerConfig, load_config, to_dict, to_yaml
+from interlace.models.idle import without_effect
 from interlace.parallel.errors import UserError
 
 
@@ -104,6 +105,67 @@ def test_experts_have_no_gelu_tanh():
     assert ModelConfig(activation="gelu_tanh").ffn_size == 1024
     with pytest.raises(UserError, match=r"must be swiglu or gelu with experts, got gelu_tanh; set model\.activation=gelu"):
         load_config(None, ["model.activation=gelu_tanh", "model.num_moe_experts=4"])
+
+
+MOE = "model.num_moe_experts=4"
+CONTRADICTIONS = [
+    (["model.moe_shared_expert_gate=true"], "needs model.moe_shared_expert_intermediate_size (the shared expert that it weighs), got none"),
+    (["model.moe_router_norm_topk_prob=false"], "needs model.moe_router_pre_softmax=true (softmax over the chosen experts sums to 1)"),
+    ([MOE, "model.moe_layer_freq=[0, 0, 0, 0]"], "must have a 1 where model.num_moe_experts=4, got [0, 0, 0, 0]; set model.num_moe"),
+    (["optim.sched.decay_steps=20"], "optim.sched.decay_steps must be > optim.sched.warmup_steps (the rate falls between them), got 20 and "
+                                     "20; set optim.sched.warmup_steps=2"),
+    (["optim.sched.warmup_steps=0", "optim.sched.decay_steps=0"], "optim.sched.decay_steps must be >= 1"),
+    (["optim.sched.decay=linear", "optim.sched.decay_steps=1", "optim.sched.warmup_steps=5"], "set optim.sched.warmup_steps=0"),
+]
+
+
+@pytest.mark.parametrize("overrides, wanted", CONTRADICTIONS, ids=str)
+def test_what_contradicts_itself_is_refused(overrides, wanted):
+    with pytest.raises(UserError) as e:
+        load_config(None, overrides)
+    assert wanted in str(e.value) and "problems" not in str(e.value), str(e.value)
+
+
+@pytest.mark.parametrize("overrides", [
+    ["trainer.max_steps=10"], ["trainer.max_steps=20"],               # ends in its warm-up: a smoke test
+    ["optim.sched.decay=constant", "optim.sched.decay_steps=5"], ["optim.sched.decay_steps=21"],
+    ["model.moe_router_norm_topk_prob=false", "model.moe_router_pre_softmax=true"],
+    ["model.moe_router_norm_topk_prob=false", "model.moe_router_score_function=sigmoid"],
+    ["model.moe_layer_freq=[0, 0]"], [MOE, "model.moe_layer_freq=[0, 1]"]], ids=str)
+def test_what_makes_sense_is_not(overrides):
+    load_config(None, overrides)
+
+
+def test_contradictions_of_all_sections_at_once():
+    with pytest.raises(UserError) as e:
+        load_config(None, ["model.moe_shared_expert_gate=true", "model.moe_router_norm_topk_prob=false", "optim.lr=1e-5",
+                           "optim.sched.decay_steps=3"])
+    assert str(e.value).startswith("config: 4 problems\n  - ") and str(e.value).count("\n  - ") == 4, str(e.value)
+
+
+@pytest.mark.parametrize("overrides, wanted", [
+    ([], ""), (["model.moe_router_topk=2", "optim.sched.decay=constant"], ""),
+    (["model.moe_router_topk=1", "model.moe_layer_freq=[0]", "model.moe_router_num_groups=2"],
+     "model.moe_router_topk, model.moe_layer_freq, model.moe_router_num_groups (as model.num_moe_experts=none)"),
+    (["model.moe_router_pre_softmax=true", "model.moe_router_score_function=sigmoid", MOE],
+     "model.moe_router_pre_softmax (as model.moe_router_score_function=sigmoid)"),
+    (["model.moe_router_pre_softmax=true", MOE], ""),
+    (["model.moe_aux_loss_coeff=0.1", "model.moe_router_load_balancing_type=none", MOE],
+     "model.moe_aux_loss_coeff (as model.moe_router_load_balancing_type=none)"),
+    (["model.moe_aux_loss_coeff=[0.1]", "model.moe_router_load_balancing_type=[none]", MOE],
+     "model.moe_aux_loss_coeff (as model.moe_router_load_balancing_type=none)"),
+    (["model.moe_aux_loss_coeff=0", "model.moe_router_load_balancing_type=none", MOE], ""),
+    (["model.moe_aux_loss_coeff=0.1", MOE], ""),
+    (["model.moe_router_bias_update_rate=0.1", MOE], "model.moe_router_bias_update_rate (as model.moe_router_enable_expert_bias=false)"),
+    (["model.moe_router_bias_update_rate=0.1", "model.moe_router_enable_expert_bias=true", MOE], ""),
+    (["model.moe_token_drop_policy=position", MOE], "model.moe_token_drop_policy (as model.moe_expert_capacity_factor=none)"),
+    (["model.moe_token_drop_policy=position", "model.moe_expert_capacity_factor=2", MOE], ""),
+    (["model.rotary_base=5", "model.position_embedding_type=learned_absolute", "optim.min_lr=0", "optim.sched.decay=constant"],
+     "model.rotary_base (as model.position_embedding_type=learned_absolute); optim.min_lr (as optim.sched.decay=constant)"),
+    (["optim.sched.decay_steps=50", "optim.sched.decay=constant"], "optim.sched.decay_steps (as optim.sched.decay=constant)"),
+    (["data.extensions=.py"], "data.extensions (as data.paths=[])"), (["data.extensions=.py", "data.paths=x"], "")], ids=str)
+def test_what_has_no_effect_is_named(overrides, wanted):
+    assert without_effect(load_config(None, overrides), reads_text=True) == wanted
 
 
 def test_all_mistakes_at_once():

@@ -201,6 +201,24 @@ def test_experts_must_divide():
         layer(RouterOptions(topk=E + 1))
 
 
+@pytest.mark.parametrize("make, wanted", [
+    (lambda: layer(activation="relu"), "activation must be swiglu or gelu, got 'relu'"),
+    (lambda: layer(shared_gate=True), "shared_gate needs a shared expert to weigh, got shared=None"),
+    (lambda: MoELayer(1, 1, 1025, RouterOptions()), r"experts must be in \[1, 1024\]"),
+    (lambda: layer(RouterOptions(num_groups=4, group_topk=1)), "num_groups must divide the 6 experts, got 4"),
+    (lambda: layer(RouterOptions(num_groups=3, group_topk=1, topk=3)), "must hold topk = 3 experts, got 1 of 2")])
+def test_what_no_forward_could_do_is_refused_before(make, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        make()
+
+
+def test_a_layer_can_be_made_on_meta():
+    """Whose options are checked on the CPU."""
+    with torch.device("meta"):
+        made = MoELayer(D, FF, E, RouterOptions(score_function="sigmoid", expert_bias=True, num_groups=2, group_topk=1))
+    assert made.gate.weight.is_meta
+
+
 @pytest.mark.parametrize("options, wanted", [
     ({"load_balancing": "sinkhorn"}, "must be of aux_loss, seq_aux_loss, global_aux_loss, none, got 'sinkhorn'"),
     ({"load_balancing": ("aux_loss", "none")}, "must name different losses, or none alone"),
@@ -209,6 +227,10 @@ def test_experts_must_divide():
     ({"aux_loss_coeff": -1.0}, "must be >= 0, got -1"), ({"drop_policy": "first"}, "must be probs or position, got 'first'"),
     ({"capacity_factor": 0.0}, "must be above 0, got 0.0"), ({"capacity_factor": float("nan")}, "must be above 0, got nan"),
     ({"pad_expert_input_to_capacity": True}, "needs a capacity_factor, got None"),
+    ({"z_loss_coeff": -1.0}, "must be >= 0, got -1.0"), ({"z_loss_coeff": float("nan")}, "must be >= 0, got nan"),
+    ({"scaling_factor": 0.0}, "must be above 0, got 0.0"), ({"score_function": "sofmax"}, "one of softmax, .*, got 'sofmax'"),
+    ({"num_groups": 2}, "go together .*, got 2 and None"), ({"group_topk": 2}, "go together .*, got None and 2"),
+    ({"norm_topk_prob": False}, "needs pre_softmax=True"),
     ({"input_jitter_eps": 1.0}, r"must be in \(0, 1\), got 1.0"), ({"input_jitter_eps": -0.1}, r"must be in \(0, 1\)")], ids=str)
 def test_options_are_checked(options, wanted):
     with pytest.raises(ValueError, match=wanted):

@@ -16,6 +16,7 @@ from interlace.models.generate import generate
 from interlace.models.gpt import GPT
 from interlace.models.train import Run
 from interlace.parallel.errors import UserError
+from interlace.parallel.layout import Layout
 from interlace.parallel.mesh import Mesh
 from interlace.parallel.sharding import named_pieces
 
@@ -89,6 +90,7 @@ def test_there_and_back(name, tmp_path, capsys):
     three = load_file(checkpoint.find(tmp_path / "again") / "model.safetensors")
     assert one.keys() == three.keys() and all(torch.equal(one[n], three[n]) for n in one)
     capsys.readouterr()
+    Layout.from_config(load_config(str(tmp_path / "back" / "config.yaml")), 1)   # what training refuses, such as an unsaid top 1, raises
 
 
 def test_gpt2_as_it_was_released(tmp_path):

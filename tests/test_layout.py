@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from interlace.models.config import Config, ModelConfig
 from interlace.parallel.errors import UserError
-from interlace.parallel.layout import RANKS, RULES, Layout, broken_rules, stage_layers, stages_of_rank
+from interlace.parallel.layout import MOST_EXPERTS, RANKS, RULES, Layout, broken_rules, stage_layers, stages_of_rank
 
 TP, PP, VPP, EP = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
                    "expert_model_parallel_size")
@@ -85,6 +85,9 @@ BAD = [
      f"got 6 and 4; use {EP} 2, or num_moe_experts 4 or 8"),
     ("topk", 1, {"num_moe_experts": 8, "moe_router_topk": 9}, "moe_router_topk must be at most num_moe_experts",
      "got 9 and 8; use moe_router_topk 8, or num_moe_experts 9"),
+    ("most experts", 1, {"num_moe_experts": 2048}, "num_moe_experts must be at most 1024", "got 2048"),
+    ("gradient of top 1", 1, {"num_moe_experts": 4, "moe_router_topk": 1}, "moe_router_pre_softmax must be true with moe_router_topk 1",
+     "moe_router_norm_topk_prob=true says so), got false; use moe_router_topk 2"),
     ("layers with experts", 1, {"num_moe_experts": 4, "moe_layer_freq": [0, 1], "num_layers": 3}, "moe_layer_freq must have an entry",
      "got 2 for 3 layers; use num_layers 2"),
     ("groups of experts", 1, {"num_moe_experts": 8, "moe_router_num_groups": 4},
@@ -144,6 +147,9 @@ def test_a_wrong_number_of_ranks_does_not_hide_the_rest():
     (1, {"sequence_parallel": True}),                                 # SP on one rank is the identity, not an error
     (1, {"sequence_parallel": True, "seq_length": 255}), (1, {VPP: 1}),
     (2, {TP: 2, "vocab_size": 257}),                                  # vocabularies are padded
+    *((1, {"num_moe_experts": 4, "moe_router_topk": 1, "moe_router_" + name: value}) for name, value in (
+        ("pre_softmax", True), ("norm_topk_prob", True), ("score_function", "sigmoid"))),
+    (1, {"num_moe_experts": 1, "moe_router_topk": 1}), (1, {"num_moe_experts": 1024}),
     (1, {"hidden_size": 65, "kv_channels": 8}), (1, {"hidden_size": 40, "position_embedding_type": "learned_absolute"}),
 ])
 def test_legal_layouts_pass(world, model):
@@ -166,6 +172,11 @@ def test_layers_of_the_stages(model, sizes):
 def test_stages_of_the_ranks(schedule, chunks, want):
     m = config(**{PP: 3, VPP: chunks, "num_layers": 6, "pipeline_parallel_schedule": schedule}).model
     assert [stages_of_rank(m, r) for r in range(3)] == want
+
+
+def test_the_most_experts_are_the_routers():
+    from interlace.kernels import router
+    assert sys.modules[router.__module__].MOST_EXPERTS == MOST_EXPERTS
 
 
 def test_dp_is_what_is_left():

@@ -125,7 +125,7 @@ def _plant(rank, world, model, plant, wrong, options):
 
 
 THREE = {**CHUNKS, "global_batch_size": 3}
-SPARSE = {"num_moe_experts": 8, "moe_router_topk": 1, "expert_model_parallel_size": 2}
+SPARSE = {"num_moe_experts": 8, "moe_router_topk": 1, "moe_router_pre_softmax": True, "expert_model_parallel_size": 2}
 HALF = {"num_moe_experts": 4, "moe_layer_freq": (1, 0), "pipeline_model_parallel_size": 2}
 FAULTS = {                                                            # ranks, model, planted in it, what must be off, planted elsewhere
     "nothing, tied": (2, TIED, nothing, []),
