@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ..parallel.errors import UserError, nearest, raise_problems
 from ..parallel.mesh import Axis, Mesh
-from ..parallel.sharding import pieces_of
-from ..parallel.tensor_parallel import complete_gradient, copy_part
+from ..parallel.sharding import complete_gradient, pieces_of
+from ..parallel.tensor_parallel import copy_part
 from .replace import replace_
 from .report import Report
 from .save import whole_shape

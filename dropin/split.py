@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from ..kernels.comm import all_gather
 from ..parallel.foreign import TransposedColumnLinear, TransposedRowLinear
 from ..parallel.mesh import Axis, Mesh
-from ..parallel.sharding import Piece, pieces_of, replicated, set_pieces
+from ..parallel.sharding import Piece, complete_gradient, pieces_of, replicated, set_pieces
 from ..parallel.tensor_parallel import (
     ColumnParallelLinear,
     GatheredLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    complete_gradient,
     copy_part,
 )
 from .fused import as_probe
@@ -53,6 +52,11 @@ class Split:
     original: type = nn.Module
     before: dict[str, Any] = field(default_factory=dict)
     hook: Any = None
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        """The copy's parameters would have neither the hooks that sum their gradients nor what tells their parts."""
+        raise ValueError("copy.deepcopy: a model that replace_ split must not be copied, got one; restore_ it first, or build a second "
+                         "model and replace_ that")
 
 
 @dataclass

@@ -25,7 +25,7 @@ from ..parallel.deferred import Deferred
 from ..parallel.expert_parallel import MoELayer, RouterOptions, place
 from ..parallel.layout import stage_layers, stages_of_rank
 from ..parallel.mesh import Axis, Mesh
-from ..parallel.sharding import init_parameters, replicated, set_pieces
+from ..parallel.sharding import Described, init_parameters, replicated, set_pieces
 from ..parallel.tensor_parallel import (
     ColumnParallelLinear,
     ParallelHead,
@@ -36,7 +36,7 @@ from ..parallel.tensor_parallel import (
 from .config import ModelConfig
 
 
-class Norm(nn.Module):
+class Norm(Described):
     """RMSNorm or LayerNorm over D. Under sequence parallelism each rank sees its rows only, so gradients are partial sums."""
 
     def __init__(self, cfg: ModelConfig, tp: Axis, dtype: torch.dtype):
@@ -179,7 +179,7 @@ class Block(nn.Module):
         return h + self.mlp_dropout(o, *place)
 
 
-class GPT(nn.Module):
+class GPT(Described):
     """The model, or this rank's stages of it. Args: cfg; mesh (default: one process); vocab_size: real size of the vocabulary;
     seed of weights and dropout.
 
@@ -188,6 +188,7 @@ class GPT(nn.Module):
     With pp > 1 `stages` gives the parts that `Pipeline` runs.
     """
 
+    described = ("position_embeddings",)
     embed_tokens: Any                                                 # these four: None on the stages that have none
     position_embeddings: Any
     norm: Any

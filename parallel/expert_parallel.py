@@ -35,7 +35,7 @@ from ..kernels.router import SCORES, Routing
 from .collectives import scatter_to, stack_from
 from .layout import balancing
 from .mesh import Axis, Mesh
-from .sharding import Piece, init_parameters, replicated, set_pieces
+from .sharding import Described, Piece, init_parameters, replicated, set_pieces
 
 __all__ = ["Experts", "MoELayer", "RouterOptions", "Statistics", "TopKRouter", "record_routing", "replay_routing", "take_statistics",
            "update_expert_biases"]
@@ -93,16 +93,19 @@ class RouterOptions:
                 "scaling_factor": self.scaling_factor}
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(Described):
     """logits = x @ weight.T in fp32 (fp64 for fp64): x [T, D] -> Routing. weight [E, D], the same on every rank.
 
-    partial: ranks of tp see different tokens, so their gradients are parts of a sum."""
+    partial: ranks of tp see different tokens, so their gradients are parts of a sum. expert_bias stays in fp32 whatever the weight's
+    dtype: steps of 1e-3 around 1 are below what bf16 holds."""
+
+    exact = ("expert_bias",)
 
     def __init__(self, hidden_size: int, num_experts: int, options: RouterOptions, *, tp: Axis, partial: bool = False,
                  init_std: float = 0.02, dtype: torch.dtype | None = None):
         super().__init__()
         router_ref(torch.empty(0, num_experts, device="cpu"), **options.words)   # raises what the first forward would
-        self.options, self.num_experts = options, num_experts
+        self.tp, self.options, self.num_experts = tp, options, num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype))
         set_pieces(self.weight, replicated((num_experts, hidden_size), tp, partial), std=init_std)
         self.expert_bias: Tensor | None
@@ -115,15 +118,21 @@ class TopKRouter(nn.Module):
         return router(logits, **self.options.words, expert_bias=self.expert_bias, sequences=sequences, ids=ids)
 
 
-class _Stacked(nn.Module):
+class _Stacked(Described):
     """One weight matrix of every expert of this rank, [E/e, rows, columns], made of named parts stacked along the rows."""
 
-    def __init__(self, parts: tuple[str, ...], rows: int, columns: int, experts: range, *, init_std: float, dtype: torch.dtype | None):
+    def __init__(self, parts: tuple[str, ...], rows: int, columns: int, experts: range, *, ep: Axis, init_std: float,
+                 dtype: torch.dtype | None):
         super().__init__()
+        self.ep = ep
         self.weight = nn.Parameter(torch.empty(len(experts), len(parts) * rows, columns, dtype=dtype))
         self.weight.expert = True  # type: ignore[attr-defined]       # its gradient is summed over edp, not dp
         set_pieces(self.weight, *(Piece(f"{e}.{part}", (rows, columns), 0, 0, rows, i * rows, expert=e - experts.start)
                                   for e in experts for i, part in enumerate(parts)), std=init_std)
+
+
+class _SharedGate(Described, nn.Linear):
+    """nn.Linear that keeps its pieces."""
 
 
 class Experts(nn.Module):
@@ -139,8 +148,8 @@ class Experts(nn.Module):
         n = num_experts // ep.size
         here, parts = range(ep.rank * n, (ep.rank + 1) * n), ("gate_proj", "up_proj") if activation == "swiglu" else ("up_proj",)
         self.activation = activation
-        self.up = _Stacked(parts, ffn_size, hidden_size, here, init_std=init_std, dtype=dtype)
-        self.down = _Stacked(("down_proj",), hidden_size, ffn_size, here, init_std=output_std, dtype=dtype)
+        self.up = _Stacked(parts, ffn_size, hidden_size, here, ep=ep, init_std=init_std, dtype=dtype)
+        self.down = _Stacked(("down_proj",), hidden_size, ffn_size, here, ep=ep, init_std=output_std, dtype=dtype)
 
 
 @dataclass(eq=False)
@@ -174,7 +183,7 @@ def place(of: str, first_sample: int | None, draws: bool) -> int:
     return first_sample or 0
 
 
-class MoELayer(nn.Module):
+class MoELayer(Described):
     """A mixture of experts in place of an MLP: [S(/t), B, D] -> [S(/t), B, D].
 
     Args:
@@ -186,6 +195,7 @@ class MoELayer(nn.Module):
       divide over tp.
     """
 
+    exact = ("losses",)
     tokens_per_expert: Tensor                                         # what the layer saw: see Statistics
     dropped: Tensor
     losses: Tensor
@@ -214,13 +224,19 @@ class MoELayer(nn.Module):
         self.shared_expert = shared
         self.shared_expert_gate: nn.Linear | None = None
         if shared is not None and shared_gate:
-            self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, dtype=dtype)
+            self.shared_expert_gate = _SharedGate(hidden_size, 1, bias=False, dtype=dtype)
             gate: Any = self.shared_expert_gate.weight
             set_pieces(gate, replicated((1, hidden_size), mesh.tp, sequence_parallel), std=init_std)
         for name, size, kind in (("tokens_per_expert", num_experts, torch.int64), ("losses", 2, torch.float64),
                                  ("dropped", 1, torch.int64), ("step_load", num_experts, torch.int64)):
             self.register_buffer(name, torch.zeros(size, dtype=kind), persistent=False)
         init_parameters(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"in_flight": None}           # lives with this process's graphs, and cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"in_flight": weakref.WeakValueDictionary()})
 
     def forward(self, x: Tensor, first_sample: int | None = None) -> Tensor:
         if x.dim() != 3:

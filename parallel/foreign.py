@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from ..kernels.comm import copy_gemm, gemm_ar, gemm_rs
 from .collectives import copy_to, gather_from, reduce_from, scatter_to, stack_from
 from .mesh import Axis
-from .sharding import replicated, set_pieces, split
+from .sharding import Described, replicated, set_pieces, split
 from .tensor_parallel import RowParallelLinear, head_piece, take_part
 
 __all__ = ["SharedTail", "SplitRMSNorm", "TokenRowLinear", "TransposedColumnLinear", "TransposedRowLinear", "TransposedTokenRowLinear",
            "gather_tokens", "join_tokens", "scatter_tokens"]
 
 
-class TransposedColumnLinear(nn.Module):
+class TransposedColumnLinear(Described):
     """y = x @ weight + bias with weight [D_in, D_out/t]: ColumnParallelLinear for layers that store their weight transposed."""
 
     weight: nn.Parameter
@@ -53,7 +53,7 @@ class TransposedColumnLinear(nn.Module):
         return copy_gemm(x, self.weight.t(), self.tp.group) + self.bias
 
 
-class TransposedRowLinear(nn.Module):
+class TransposedRowLinear(Described):
     """y = x @ weight + bias with weight [D_in/t, D_out], summed over tp; the bias is added once."""
 
     tokens = False                                                    # the output is this rank's tokens
@@ -99,7 +99,7 @@ class TokenRowLinear(RowParallelLinear):
         return y if self.bias is None else y + self.bias
 
 
-class SplitRMSNorm(nn.Module):
+class SplitRMSNorm(Described):
     """RMSNorm over features that are split over tp (q and k norms over all heads): x [..., D/t] -> [..., D/t].
 
     y = xhat * (offset + w), xhat by the mean square over all D features, in fp32 (fp64 for fp64), one rounding. A feature that several
@@ -128,7 +128,7 @@ class SplitRMSNorm(nn.Module):
         return (wide * torch.rsqrt(total / self.width + self.eps) * (self.offset + self.weight.to(wide.dtype))).to(x.dtype)
 
 
-class SharedTail(nn.Module):
+class SharedTail(Described):
     """A whole linear layer whose last `tail` outputs are read by split heads: x [..., D_in] -> [..., D_out], equal on every rank."""
 
     weight: nn.Parameter

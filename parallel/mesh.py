@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -31,6 +31,9 @@ class Axis:
     rank: int = 0
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
+        return self                                                   # a copied layer stands in the same group
 
 
 def groups_of(sizes: dict[str, int], axes: tuple[str, ...]) -> list[tuple[int, ...]]:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..kernels import grad_square_sum
@@ -84,8 +87,90 @@ def set_pieces(param: nn.Parameter, *pieces: Piece, std: float | None = None, fi
     param.pieces, param.init_std, param.init_fill = pieces, std, fill  # type: ignore[attr-defined]
 
 
+MARKS = ("pieces", "init_std", "init_fill", "expert", "stages")       # what is written on a parameter
+
+
+class Described(nn.Module):
+    """A layer whose parameters keep what is written on them (MARKS, and that their gradients are completed) where torch puts new ones in
+    their place: to_empty, load_state_dict(assign=True), copy.deepcopy. A module of your own with set_pieces may derive from it."""
+
+    described: tuple[str, ...] = ("weight", "bias")                   # its parameters that must have pieces
+    exact: tuple[str, ...] = ()                                       # its floating buffers that keep their dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        known, buffers = self._known(), {name: self._buffers.get(name) for name in self.exact}
+        super()._apply(fn, recurse)
+        for name, old in buffers.items():
+            new = self._buffers.get(name)
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        self._tell(known)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        known = self._known()
+        super()._load_from_state_dict(*args, **kwargs)
+        self._tell(known)
+
+    def __getstate__(self) -> dict[str, Any]:
+        known = self._known()
+        return {**super().__getstate__(), "_known": known}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({name: value for name, value in state.items() if name != "_known"})
+        self._tell(state.get("_known", {}))
+
+    def _known(self) -> dict[str, dict[str, Any]]:
+        """{own parameter: its marks}. A completed gradient's hook stays behind: its pieces are given as they were before it."""
+        known = {}
+        for name, p in self._parameters.items():
+            if p is not None and hasattr(p, "pieces"):
+                known[name] = {mark: value for mark, value in vars(p).items() if mark in MARKS}
+                if hasattr(p, "completed"):
+                    known[name] |= {"pieces": p.completed[1], "completed": True}
+        return known
+
+    def _tell(self, known: dict[str, dict[str, Any]]) -> None:
+        """Write on new parameters what was known of the old ones."""
+        for name, marks in known.items():
+            p: Any = self._parameters.get(name)
+            if p is not None and not hasattr(p, "pieces"):
+                vars(p).update({mark: value for mark, value in marks.items() if mark != "completed"})
+                if "completed" in marks:
+                    complete_gradient(p, self.tp)  # type: ignore[arg-type]
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        if not recurse:
+            _refuse_ddp(self, sys._getframe(1).f_locals.get("self"))
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
+
+def _refuse_ddp(layer: nn.Module, caller: Any) -> None:
+    """torch's DistributedDataParallel sends the parameters of its group's first rank to all, silently, also over parts. Before that it
+    asks each module for its own parameters: the one place where a layer can say that its ranks hold different ones."""
+    if not isinstance(caller, nn.parallel.DistributedDataParallel):
+        return
+    taken = {id(p) for p in caller._module_parameters}                # all but those that the user has it ignore
+    if not any(id(p) in taken for p in layer._parameters.values()):
+        return
+    name = next(n for n, m in caller.module.named_modules() if m is layer) or type(layer).__name__
+    ranks = set(dist.get_process_group_ranks(caller.process_group))
+    for axis in (vars(layer).get(of) for of in ("tp", "ep")):
+        if isinstance(axis, Axis) and len(ranks & set(axis.ranks)) > 1:
+            raise ValueError(f"DistributedDataParallel: its ranks must hold the same part of {name}, got a group across "
+                             f"{axis.name}={axis.size}; use interlace.DistributedDataParallel(model, mesh), or pass "
+                             "process_group=mesh.dp.group")
+
+
 def named_pieces(model: nn.Module) -> Iterator[tuple[str, Piece, nn.Parameter]]:
-    """(global name, piece, local parameter), each parameter once: a tied weight under its first name."""
+    """(global name, piece, local parameter), each parameter once: a tied weight under its first name. Raises: ValueError where a layer's
+    own parameter has lost its pieces: it would count as whole, and under another name."""
+    for where, module in model.named_modules():
+        for name in module.described if isinstance(module, Described) else ():
+            if module._parameters.get(name) is not None and not hasattr(module._parameters[name], "pieces"):
+                raise ValueError(f"{where or type(module).__name__}: its {name} must be described by pieces, got a parameter put there by "
+                                 f"hand; copy values into the layer's own (layer.{name}.data.copy_(...)), or call "
+                                 "interlace.parallel.sharding.set_pieces on yours")
     for name, param in model.named_parameters():
         *path, leaf = name.split(".")
         for piece in pieces_of(param):
@@ -100,7 +185,7 @@ def pieces_of(param: Tensor) -> tuple[Piece, ...]:
 @torch.no_grad()
 def init_parameters(model: nn.Module, seed: int | None = None) -> None:
     """Initial weights from the seed and each tensor's global name: the same numbers for every layout and dtype. Parameters without
-    pieces, of a user's own module, and those of `from_torch` keep theirs.
+    pieces, of a user's own module, and those of `from_torch` keep theirs. Raises: ValueError as named_pieces.
 
     seed None: drawn from torch's CPU generator, as nn.Linear draws its weights: for a layer on its own, whose tensors all layers of
     its class name alike. Ranks agree where they set torch.manual_seed alike, or not at all; on meta nothing is drawn."""
@@ -111,9 +196,11 @@ def init_parameters(model: nn.Module, seed: int | None = None) -> None:
     for name, piece, param in named_pieces(model):
         if not hasattr(param, "pieces") or param.is_meta:
             continue
-        local = piece.local(param)
-        if (std := getattr(param, "init_std", None)) is None:
-            if (fill := getattr(param, "init_fill", None)) is not None:
+        std, fill, local = getattr(param, "init_std", None), getattr(param, "init_fill", None), piece.local(param)
+        if piece is param.pieces[0] and (std is not None or fill is not None):
+            param.zero_()                                             # padding, in no piece: 0 * nan would be nan
+        if std is None:
+            if fill is not None:
                 local.fill_(fill)
             continue
         key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
@@ -124,6 +211,28 @@ def init_parameters(model: nn.Module, seed: int | None = None) -> None:
 def whole(piece: Piece) -> Piece:
     """The one-process twin of a piece, to compare and to test."""
     return replace(piece, start=0, length=piece.shape[piece.dim], at=0, copies=1, partial=False, expert=None)
+
+
+def complete_gradient(param: nn.Parameter, tp: Axis) -> None:
+    """Have the backward itself sum what several ranks hold in parts (`Piece.partial`), and mark the pieces as complete.
+
+    One all-reduce over tp of a buffer with a place for each distinct block. A training loop that calls `reduce_partial_grads` needs it
+    not; a user's own loop does. `param.completed` keeps the hook's handle and the pieces as they were."""
+    before = pieces_of(param)
+    partial = [p for p in before if p.partial]
+    param.pieces = tuple(replace(p, partial=False) for p in before)   # type: ignore[attr-defined]
+    if not partial or not param.requires_grad:
+        return
+
+    def hook(grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        for piece in partial:
+            view, block = piece.local(grad), tp.rank // piece.copies
+            blocks = view.new_zeros(tp.size // piece.copies, *view.shape)
+            blocks[block] = view
+            view.copy_(all_reduce(blocks, tp.group)[block])
+        return grad
+    param.completed = param.register_hook(hook), before  # type: ignore[attr-defined]
 
 
 # ---- gradients: all below see a parameter's gradient as (place in the flattened parameter, 1-d part of it held here) --------

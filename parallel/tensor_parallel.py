@@ -13,23 +13,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import cross_entropy
-from ..kernels.comm import ag_gemm, all_reduce, copy_gemm, gemm_ar, gemm_rs
+from ..kernels.comm import ag_gemm, copy_gemm, gemm_ar, gemm_rs
 from ..kernels.dispatch import traced
 from . import deferred
 from .collectives import reduce_from, reduce_scatter_to, stack_from
 from .mesh import Axis
-from .sharding import Piece, init_parameters, padded, pieces_of, replicated, set_pieces, split
+from .sharding import Described, Piece, complete_gradient, init_parameters, padded, pieces_of, replicated, set_pieces, split
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(Described):
     """y = x @ weight.T + bias, the output features split over tp.
 
     Args:
@@ -74,7 +73,7 @@ class ColumnParallelLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(Described):
     """y = x @ weight.T + bias, the input features split over tp; the bias is added once, after the sum.
 
     Args: as ColumnParallelLinear; with sequence_parallel the output is this rank's part of the sequence.
@@ -113,7 +112,7 @@ class RowParallelLinear(nn.Module):
         return deferred.linear(copy_gemm, x, self.weight, None, self.deferred)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Described):
     """Rows of the table split over tp: a rank looks up the ids it holds, the sum over ranks completes them.
 
     Args: num_embeddings of the whole table; rows: rows a rank holds (default: split evenly, rounded up), padding included.
@@ -153,7 +152,7 @@ class VocabParallelEmbedding(nn.Module):
         return (reduce_scatter_to if self.sequence_parallel else reduce_from)(y, self.tp)
 
 
-class GatheredLinear(nn.Module):
+class GatheredLinear(Described):
     """A linear layer split over its output features, whose output is gathered: x [..., D_in] -> [..., D_out], equal on every rank.
 
     For heads of models that compute their loss on whole logits; every rank must compute the same from them. The features need not
@@ -184,7 +183,7 @@ class GatheredLinear(nn.Module):
         return stack_from(y, self.tp).movedim(0, -2).flatten(-2)[..., :self.out_features]
 
 
-class ParallelHead(nn.Module):
+class ParallelHead(Described):
     """Logits of this rank's part of the vocabulary: x [S(/t), B, D] -> [S, B, V/t]. The weight may be the embedding's (tied)."""
 
     deferred: deferred.Deferred | None = None                         # of a zero-bubble pipeline
@@ -193,10 +192,24 @@ class ParallelHead(nn.Module):
         super().__init__()
         self.tp, self.sequence_parallel = embedding.tp, embedding.sequence_parallel
         self.weight = embedding.weight
+        self.tied_to = (embedding, embedding.weight) if tied else ()  # in a tuple: neither is its submodule or parameter
         if not tied:
             self.weight = nn.Parameter(torch.zeros_like(embedding.weight))
             set_pieces(self.weight, *pieces_of(embedding.weight), std=init_std)
             init_parameters(self)
+
+    def _known(self) -> dict[str, dict[str, Any]]:
+        if self.tied_to and self._parameters.get("weight") is not self.tied_to[1]:
+            self.tied_to = ()                                         # untied by hand
+        return super()._known()
+
+    def _tell(self, known: dict[str, dict[str, Any]]) -> None:
+        """The embedding was made, and so changed, before the head: where torch gave each a parameter of its own, they share it again."""
+        if self.tied_to:
+            embedding = self.tied_to[0]
+            self._parameters["weight"] = embedding.weight
+            self.tied_to = embedding, embedding.weight
+        super()._tell(known)
 
     def forward(self, x: Tensor) -> Tensor:
         return deferred.linear(ag_gemm if self.sequence_parallel else copy_gemm, x, self.weight, self.tp.group, self.deferred,
@@ -244,28 +257,6 @@ def copy_part(pieces: Sequence[Piece], full: Tensor, local: Tensor) -> None:
         whole = full.narrow(piece.dim, at, piece.shape[piece.dim])
         piece.local(local).copy_(piece.of(whole))
         at += piece.shape[piece.dim]
-
-
-def complete_gradient(param: nn.Parameter, tp: Axis) -> None:
-    """Have the backward itself sum what several ranks hold in parts (`Piece.partial`), and mark the pieces as complete.
-
-    One all-reduce over tp of a buffer with a place for each distinct block. A training loop that calls `reduce_partial_grads` needs it
-    not; a user's own loop does. `param.completed` keeps the hook's handle and the pieces as they were."""
-    before = pieces_of(param)
-    partial = [p for p in before if p.partial]
-    param.pieces = tuple(replace(p, partial=False) for p in before)   # type: ignore[attr-defined]
-    if not partial or not param.requires_grad:
-        return
-
-    def hook(grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        for piece in partial:
-            view, block = piece.local(grad), tp.rank // piece.copies
-            blocks = view.new_zeros(tp.size // piece.copies, *view.shape)
-            blocks[block] = view
-            view.copy_(all_reduce(blocks, tp.group)[block])
-        return grad
-    param.completed = param.register_hook(hook), before  # type: ignore[attr-defined]
 
 
 def head_piece(name: str, shape: tuple[int, ...], heads: int, tp: Axis, at: int) -> Piece:

@@ -307,6 +307,9 @@ def _refuses(rank, folder):
     interlace.replace_(model, Mesh.build(Layout(world=2, tp=2)))      # groups of its own: a wait in them runs out
     part = model.state_dict()
     copy.deepcopy(part)
+    for of in (model, model.model.layers[0]):
+        with pytest.raises(ValueError, match="a model that replace_ split must not be copied, got one; restore_ it first"):
+            copy.deepcopy(of)
     with pytest.raises(ValueError, match=f"the part of rank {rank} of tp=2; call interlace.whole_state_dict"):
         torch.save(part, folder / f"{rank}.pt")
     with pytest.raises(ValueError, match="the part of rank"):
