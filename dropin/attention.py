@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..kernels import attention
 from ..kernels.attention import ours
+from ..kernels.autocast import lowered
 from ..kernels.dispatch import TILES
 from . import fused
 from .rope import rotary_call, turning
@@ -48,9 +49,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None 
     (B, H, S, D), G = query.shape, key.shape[1]
     if key.shape != (B, G, S, D) or not G or (H % G if enable_gqa else H != G):
         return None
-    casts = torch.is_autocast_enabled("cpu") and all(x.is_floating_point() and x.dtype != torch.float64 for x in given)
-    to = torch.get_autocast_dtype("cpu")                              # as autocast does for torch's function
-    q, k, v = ((x.to(to) if casts else x).permute(2, 0, 1, 3) for x in given)
+    q, k, v = (lowered(x).permute(2, 0, 1, 3) for x in given)
     if not q.dtype == k.dtype == v.dtype or not ours(q, k, v):
         return None
     return attention(q, k, v, scale).transpose(0, 1).contiguous().transpose(1, 2)   # the copy that a caller's reshape is then spared

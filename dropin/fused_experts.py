@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import clamped_swiglu, clamped_swiglu_ref, expert_mlp, grouped_gemm, permute, route_plan, unpermute
+from ..kernels.autocast import lowered
 from .fused import Change, Fused, _alike
 
 __all__ = ["COUNTS", "recognise_experts", "two_experts"]
@@ -30,11 +31,11 @@ class Experts(Fused):
     """route_plan and expert_mlp over all experts at once."""
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
-        w13, w2 = self.gate_up_proj, self.down_proj
-        if hidden_states.dim() != 2 or not _alike(hidden_states, w13, w2):
+        x, w13, w2 = (lowered(t) for t in (hidden_states, self.gate_up_proj, self.down_proj))
+        if x.dim() != 2 or not _alike(x, w13, w2):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         ids = top_k_index.where(top_k_index < len(w13), -1)
-        return expert_mlp(hidden_states, w13, w2, route_plan(ids, len(w13)), top_k_weights)
+        return expert_mlp(x, w13, w2, route_plan(ids, len(w13)), top_k_weights).to(hidden_states.dtype)
 
 
 class ClampedExperts(Fused):
@@ -45,7 +46,8 @@ class ClampedExperts(Fused):
     down_proj_bias: Tensor
 
     def forward(self, hidden_states, router_indices=None, routing_weights=None):
-        x, w13, w2, b13, b2 = hidden_states, self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias
+        x, w13, w2, b13, b2 = (lowered(t) for t in (hidden_states, self.gate_up_proj, self.down_proj, self.gate_up_proj_bias,
+                                                    self.down_proj_bias))
         if x.dim() != 2 or not _alike(x, w13, w2, b13, b2):
             return super().forward(hidden_states, router_indices, routing_weights)
         E, weights = len(w13), routing_weights.to(torch.promote_types(x.dtype, torch.float32))
@@ -55,8 +57,7 @@ class ClampedExperts(Fused):
         a = clamped_swiglu(z, b13, plan.offsets, permute(x[:, :0], plan, weights)[1], *self._interlace.clamp)
         y = grouped_gemm(a, w2, plan.offsets, transposed=True)
         spread = weights.new_zeros(len(x), E + 1).scatter_add(1, router_indices.where(there, E).long(), weights)[:, :E]
-        with torch.autocast(x.device.type, enabled=False):            # whose product would come in another dtype than y
-            return unpermute(y, plan, shared=spread.to(x.dtype) @ b2)
+        return unpermute(y, plan, shared=spread.to(x.dtype) @ b2).to(hidden_states.dtype)
 
 
 def recognise_experts(module: nn.Module) -> tuple[type, Change] | str | None:

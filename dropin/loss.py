@@ -14,6 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.autocast import biased
 from ..kernels.comm import copy_gemm
 from ..parallel.collectives import stack_from
 from ..parallel.errors import raise_problems
@@ -34,8 +35,7 @@ class SplitHead(GatheredLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.local:
             return super().forward(x)
-        y = copy_gemm(x, self.weight, self.tp.group)
-        return y if self.bias is None else y + self.bias
+        return biased(copy_gemm(x, self.weight, self.tp.group), self.bias)
 
 
 class ParallelCausalLoss(CausalLoss):

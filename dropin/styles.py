@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.autocast import biased
 from ..kernels.comm import all_reduce, copy_gemm, gemm_ar, gemm_rs
 from ..kernels.dispatch import once
 from ..parallel.collectives import gather_from, reduce_from, scatter_to, stack_from
@@ -70,14 +71,12 @@ def axis_of(mesh: Any) -> Axis:
 
 
 def _column(m: Any, x: Tensor, tp: Axis, gather: bool, summed: bool = True) -> Tensor:
-    y = copy_gemm(x, _local(m.weight), tp.group if summed else None)
-    y = y if m.bias is None else y + _local(m.bias)
+    y = biased(copy_gemm(x, _local(m.weight), tp.group if summed else None), _local(m.bias))
     return stack_from(y.contiguous(), tp).movedim(0, -2).flatten(-2) if gather else y
 
 
 def _row(m: Any, x: Tensor, tp: Axis) -> Tensor:
-    y = gemm_ar(x, _local(m.weight), tp.group)
-    return y if m.bias is None else y + _local(m.bias)
+    return biased(gemm_ar(x, _local(m.weight), tp.group), _local(m.bias))
 
 
 def _lookup(m: Any, ids: Tensor, tp: Axis) -> Tensor:
@@ -178,7 +177,7 @@ def _new_styles(stock: Any) -> dict[str, Any]:
             rows, head = m.out_features // kv, tp.rank * kv // tp.size
             mine = slice(head * rows, (head + 1) * rows)
             y = copy_gemm(x, _GradSum.apply(m.weight, tp.group)[mine], None if cuts and sequence.cut else tp.group)
-            return y if m.bias is None else y + _GradSum.apply(m.bias, tp.group)[mine]
+            return y if m.bias is None else biased(y, _GradSum.apply(m.bias, tp.group)[mine])
         m.forward = forward
 
     def layer(m: Any, mesh: Any) -> None:
@@ -214,7 +213,7 @@ def _new_styles(stock: Any) -> dict[str, Any]:
             if not sequence.cut:
                 return _row(m, x, tp)
             y = gemm_rs(x.transpose(0, 1).contiguous(), _local(m.weight), tp.group).transpose(0, 1)
-            return y if m.bias is None else y + _GradSum.apply(_local(m.bias), tp.group)
+            return y if m.bias is None else biased(y, _GradSum.apply(_local(m.bias), tp.group))
         m.forward = forward
 
     def norm(m: Any, mesh: Any, last: bool = False) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
+from .autocast import lowered
 from .dispatch import TILES, define, differentiable, transformed
 
 # ---- reference ------------------------------------------------------------------------------------------------
@@ -79,6 +80,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         scores, 1 / sqrt(D) where None.
     Returns: o [S, B, H, D]. Raises: ValueError for other shapes, dtypes or devices. Source: arXiv:1706.03762.
     """
+    q, k, v = lowered(q), lowered(k), lowered(v)
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         raise ValueError(f"attention: q must be [S, B, H, D], k and v [S, B, G, D], got {list(q.shape)}, {list(k.shape)} and "
                          f"{list(v.shape)}; a shorter q, or another width of v, is for scaled_dot_product_attention")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import lowered
 from .dispatch import fused, once
 from .grouped_gemm import check_experts, grouped_gemm_ref, rows_gemm, rows_gemm_swiglu, rows_wgrad
 from .permute import check_probs, permute_ref, slots_of
@@ -139,6 +140,8 @@ def expert_mlp(x: Tensor, w13: Tensor, w2: Tensor, plan: RoutePlan | Tensor, pro
       w13 and w2 then get no gradient.
     Returns: o. Raises: ValueError where shapes disagree.
     """
+    x, w13, w2 = lowered(x), lowered(w13), lowered(w2)
+    residual, shared = (None if t is None else lowered(t) for t in (residual, shared))   # as autocast has addmm's
     _check(x, w13, w2, plan, probs, (residual, shared), activation, main_grads)
     if not fused(x, w13, w2):
         if main_grads is not None:

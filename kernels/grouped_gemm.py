@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .autocast import lowered
 from .dispatch import INTERPRET, define, differentiable, fused, tl, triton
 from .route_plan import RoutePlan
 
@@ -314,6 +315,7 @@ def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, gather: RoutePlan | None
     Returns: y [R, N], zero from row offsets[E] on. On CUDA nothing waits for the offsets.
     Raises: ValueError where shapes disagree; on CPU RuntimeError for offsets that do not rise or end past R.
     """
+    x, w = lowered(x), lowered(w)
     linear = w.transpose(1, 2) if transposed and w.ndim == 3 else w
     check_experts("grouped_gemm", x, linear, offsets, gather, None)
     if main_grad is not None:

@@ -14,6 +14,7 @@ Numerics  mean first, then the centred squares (no cancellation), in fp32; dw an
 import torch
 from torch import Tensor
 
+from .autocast import narrowed, widened
 from .dispatch import ONE_PASS, define, differentiable, fused, row_programs, row_warps, tl, triton
 
 # ---- reference ------------------------------------------------------------------------------------------------
@@ -234,6 +235,9 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor | None, eps: float = 1e-5) -> Ten
     Args: x [..., D] float32, bfloat16, float16 or float64; w [D] of the same dtype; b [D] likewise, or None.
     Returns: y [..., D]. Raises: ValueError when w or b is not [D] or of another dtype. Source: arXiv:1607.06450.
     """
+    if (wide := widened(x, w, b)) is not None:
+        xf, wf, bf = wide
+        return narrowed(layer_norm(xf, wf, bf, eps), x.dtype)
     _check("layer_norm", x, w, b)
     if not fused(x, w):
         return layer_norm_ref(x, w, b, eps)
@@ -248,6 +252,11 @@ def add_layer_norm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None,
     Args: x, residual [..., D] of one shape and dtype; w [D]; b [D] or None.
     Returns: (h, y). Raises: ValueError as `layer_norm`.
     """
+    if (wide := widened(x, residual, w, b)) is not None:
+        xf, rf, wf, bf = wide
+        h, y = add_layer_norm(xf, rf, wf, bf, eps)
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        return h.to(dtype), narrowed(y, dtype)
     _check("add_layer_norm", x, w, b)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(f"add_layer_norm: residual must be {list(x.shape)} {x.dtype} like x, "

@@ -12,6 +12,7 @@ Numerics  statistics, w + offset and dw partials in fp32, one rounding per outpu
 import torch
 from torch import Tensor
 
+from .autocast import narrowed, widened
 from .dispatch import ONE_PASS, define, differentiable, fused, row_programs, row_warps, tl, triton
 
 # ---- reference ------------------------------------------------------------------------------------------------
@@ -194,6 +195,9 @@ def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6, offset: float = 0.0) -> Te
     Args: x [..., D] float32, bfloat16, float16 or float64; w [D] of the same dtype; offset: added to w in fp32 (1 for Gemma's weights).
     Returns: y [..., D]. Raises: ValueError when w is not [D] or of another dtype. Source: arXiv:1910.07467.
     """
+    if (wide := widened(x, w)) is not None:
+        xf, wf = wide
+        return narrowed(rms_norm(xf, wf, eps, offset), x.dtype)
     _check("rms_norm", x, w)
     if not fused(x, w):
         return rms_norm_ref(x, w, eps, offset)
@@ -205,6 +209,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6, offs
 
     Args: x, residual [..., D] of one shape and dtype; w [D]. Returns: (h, y). Raises: ValueError as `rms_norm`.
     """
+    if (wide := widened(x, residual, w)) is not None:
+        xf, rf, wf = wide
+        h, y = add_rms_norm(xf, rf, wf, eps, offset)
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        return h.to(dtype), narrowed(y, dtype)
     _check("add_rms_norm", x, w)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(f"add_rms_norm: residual must be {list(x.shape)} {x.dtype} like x, "

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..kernels.autocast import lowered
 from ..kernels.comm import all_gather, gemm
 from ..kernels.comm.collectives import Group
 from ..kernels.dispatch import once
@@ -53,7 +54,7 @@ class _Later(torch.autograd.Function):
             dyf, xf = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
             dyf = dyf if gather_dy is None else all_gather(dyf, gather_dy)
             xf = xf if gather_x is None else all_gather(xf, gather_x)
-            weight.backward(gemm(dyf.t(), xf))
+            weight.backward(gemm(dyf.t(), xf).to(weight.dtype))
         deferred.waiting.append(compute)
         return dy, None, None
 
@@ -64,5 +65,6 @@ def linear(op: Callable[..., Tensor], x: Tensor, weight: nn.Parameter, group: Gr
     split over the rows of the product that gives it."""
     if deferred is None or not (torch.is_grad_enabled() and weight.requires_grad and x.requires_grad):
         return op(x, weight, group)
+    x = lowered(x)                                                    # dw is dy^T times what was multiplied
     y = op(x, weight.detach(), group)                                 # the weight stays out of the graph: its hooks run with W alone
     return _Later.apply(y, x.detach(), (weight, group if gather_x else None, group if gather_dy else None, deferred))

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import aux_loss, expert_mlp, forced_balance, jitter, route_plan, router, router_ref, update_expert_bias, z_loss
+from ..kernels.autocast import lowered, undisturbed
 from ..kernels.comm import all_gather, all_reduce, combine, dispatch, dispatch_plan
 from ..kernels.dispatch import once
 from ..kernels.router import SCORES, Routing
@@ -114,7 +115,8 @@ class TopKRouter(Described):
 
     def forward(self, x: Tensor, sequences: int = 1, ids: Tensor | None = None) -> Routing:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        logits = F.linear(x.to(wide), self.weight.to(wide))
+        with undisturbed(x):                                          # tokens choose by their fp32 scores in autocast too
+            logits = F.linear(x.to(wide), self.weight.to(wide))
         return router(logits, **self.options.words, expert_bias=self.expert_bias, sequences=sequences, ids=ids)
 
 
@@ -267,7 +269,7 @@ class MoELayer(Described):
             o = expert_mlp(flat, e.up.weight, e.down.weight, plan, routing.probs, activation=e.activation)
         else:
             far = dispatch_plan(ids, self.num_experts, self.ep.group, max_tokens=S * B, max_rows=self._static_rows(S * B, capacity))
-            rows = dispatch(flat, far)
+            rows = dispatch(lowered(flat), far)
             y = expert_mlp(rows, e.up.weight, e.down.weight, far.offsets, far.probs(routing.probs), activation=e.activation)
             o = combine(y, far)
         if torch.is_grad_enabled():

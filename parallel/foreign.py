@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.autocast import biased
 from ..kernels.comm import copy_gemm, gemm_ar, gemm_rs
 from .collectives import copy_to, gather_from, reduce_from, scatter_to, stack_from
 from .mesh import Axis
@@ -50,7 +51,7 @@ class TransposedColumnLinear(Described):
         return take_part(layer, module, tp)
 
     def forward(self, x: Tensor) -> Tensor:                           # [..., D_in] -> [..., D_out/t]
-        return copy_gemm(x, self.weight.t(), self.tp.group) + self.bias
+        return biased(copy_gemm(x, self.weight.t(), self.tp.group), self.bias)
 
 
 class TransposedRowLinear(Described):
@@ -73,7 +74,7 @@ class TransposedRowLinear(Described):
         return take_part(layer, module, tp)
 
     def forward(self, x: Tensor) -> Tensor:                           # [..., D_in/t] -> [..., D_out]
-        return gemm_ar(x, self.weight.t(), self.tp.group) + self.bias
+        return biased(gemm_ar(x, self.weight.t(), self.tp.group), self.bias)
 
 
 class TransposedTokenRowLinear(TransposedRowLinear):
@@ -82,7 +83,7 @@ class TransposedTokenRowLinear(TransposedRowLinear):
     tokens = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return gemm_rs(_padded(x, self.tp), self.weight.t(), self.tp.group).unsqueeze(0) + self.bias
+        return biased(gemm_rs(_padded(x, self.tp), self.weight.t(), self.tp.group).unsqueeze(0), self.bias)
 
 
 class TokenRowLinear(RowParallelLinear):
@@ -95,8 +96,7 @@ class TokenRowLinear(RowParallelLinear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        y = gemm_rs(_padded(x, self.tp), self.weight, self.tp.group).unsqueeze(0)
-        return y if self.bias is None else y + self.bias
+        return biased(gemm_rs(_padded(x, self.tp), self.weight, self.tp.group).unsqueeze(0), self.bias)
 
 
 class SplitRMSNorm(Described):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import cross_entropy
+from ..kernels.autocast import biased
 from ..kernels.comm import ag_gemm, copy_gemm, gemm_ar, gemm_rs
 from ..kernels.dispatch import traced
 from . import deferred
@@ -36,18 +37,25 @@ class ColumnParallelLinear(Described):
         parts: several layers of one input fused into one product: {name: (features, heads)}, in place of out_features.
             Whole heads go to each rank; a part with fewer heads than ranks is replicated evenly (key / value heads, GQA).
         sequence_parallel: x is this rank's part of the sequence (dim 0), gathered before the product.
-    Raises: ValueError when the features do not divide over tp.
+    Raises: ValueError when the features do not divide over tp, or out_features and parts are both given, or neither.
     """
 
     deferred: deferred.Deferred | None = None                         # of a zero-bubble pipeline
 
-    def __init__(self, in_features: int, out_features: int = 0, *, tp: Axis, bias: bool = False, sequence_parallel: bool = False,
+    def __init__(self, in_features: int, out_features: int | None = None, *, tp: Axis, bias: bool = False, sequence_parallel: bool = False,
                  parts: dict[str, tuple[int, int]] | None = None, init_std: float = 0.02, dtype: torch.dtype | None = None,
                  device: torch.device | str | None = None):
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        if parts and out_features is None:
+            fused = parts
+        elif out_features is not None and not parts:
+            fused = {"": (out_features, out_features)}
+        else:
+            raise ValueError("ColumnParallelLinear: exactly one of out_features and parts must be given, got "
+                             f"out_features={out_features} and parts={parts}; parts hold the features of each layer, and replace their sum")
         pieces, at = [], 0
-        for name, (features, heads) in (parts or {"": (out_features, out_features)}).items():
+        for name, (features, heads) in fused.items():
             pieces.append(head_piece(name, (features, in_features), heads, tp, at))
             at += pieces[-1].length
         self.weight = nn.Parameter(torch.empty(at, in_features, dtype=dtype, device=device))        # [D_out/t, D_in]
@@ -63,14 +71,17 @@ class ColumnParallelLinear(Described):
     def from_torch(cls, module: nn.Linear, tp: Axis, *, parts: dict[str, tuple[int, int]] | None = None,
                    sequence_parallel: bool = False) -> ColumnParallelLinear:
         """This rank's part of a whole linear layer: its rows are copied, its gradients come out complete."""
-        layer = cls(module.in_features, module.out_features, tp=tp, parts=parts, bias=module.bias is not None,
+        if parts and (total := sum(features for features, _ in parts.values())) != module.out_features:
+            raise ValueError(f"ColumnParallelLinear: parts must add up to the {module.out_features} output features of the layer, "
+                             f"got {total}; name all its parts")
+        layer = cls(module.in_features, None if parts else module.out_features, tp=tp, parts=parts, bias=module.bias is not None,
                     sequence_parallel=sequence_parallel, dtype=module.weight.dtype, device="meta")
         return take_part(layer, module, tp)
 
     def forward(self, x: Tensor) -> Tensor:                           # [S(/t), B, D_in] -> [S, B, D_out/t]
         y = deferred.linear(ag_gemm if self.sequence_parallel else copy_gemm, x, self.weight, self.tp.group, self.deferred,
                             gather_x=self.sequence_parallel)
-        return y if self.bias is None else y + self.bias
+        return biased(y, self.bias)
 
 
 class RowParallelLinear(Described):
@@ -105,7 +116,7 @@ class RowParallelLinear(Described):
     def forward(self, x: Tensor) -> Tensor:                           # [S, B, D_in/t] -> [S(/t), B, D_out]
         y = deferred.linear(gemm_rs if self.sequence_parallel else gemm_ar, x, self.weight, self.tp.group, self.deferred,
                             gather_dy=self.sequence_parallel)
-        return y if self.bias is None else y + self.bias
+        return biased(y, self.bias)
 
     def partial(self, x: Tensor) -> Tensor:
         """This rank's term of the sum, bias left out, for an op that reduces: [S, B, D_in/t] -> [S, B, D_out]."""
@@ -178,8 +189,7 @@ class GatheredLinear(Described):
         return take_part(layer, module, tp)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = copy_gemm(x, self.weight, self.tp.group)
-        y = y if self.bias is None else y + self.bias
+        y = biased(copy_gemm(x, self.weight, self.tp.group), self.bias)
         return stack_from(y, self.tp).movedim(0, -2).flatten(-2)[..., :self.out_features]
 
 

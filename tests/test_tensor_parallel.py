@@ -158,6 +158,14 @@ def test_fused_parts_with_replicated_heads(t):
 
 
 def test_construction_errors():
+    parts = {"gate_proj": (16, 16), "up_proj": (16, 16)}
+    for given in ({"out_features": 999, "parts": parts}, {}, {"parts": {}}, {"out_features": 32, "parts": parts}):
+        with pytest.raises(ValueError, match=r"ColumnParallelLinear: exactly one of out_features and parts must be given, got "
+                                             rf"out_features={given.get('out_features')} and parts="):
+            ColumnParallelLinear(8, tp=Axis("tp"), **given)
+    with pytest.raises(ValueError, match=r"parts must add up to the 33 output features .*got 32"):
+        ColumnParallelLinear.from_torch(torch.nn.Linear(8, 33), Axis("tp"), parts=parts)
+    assert ColumnParallelLinear.from_torch(torch.nn.Linear(8, 32), Axis("tp", 2), parts=parts).sizes == [8, 8]
     with pytest.raises(ValueError, match="3 heads"):
         ColumnParallelLinear(8, tp=Axis("tp", 2), parts={"k_proj": (12, 3)})
     with pytest.raises(ValueError, match="divisible by tp=3"):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..autocast import lowered
 from ..dispatch import TILES, define, multiplies, traced, transformed
 
 __all__ = ["FLOATS", "check_gemm", "flat", "gemm", "pays", "ready", "slow", "torch_keeps"]
@@ -147,8 +148,9 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def check_gemm(op: str, x: Tensor, w: Tensor) -> None:
-    """x [..., K] and w [N, K], one floating dtype and device. Raises: ValueError."""
+def check_gemm(op: str, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K] and w [N, K] as they are multiplied: of one floating dtype, autocast's within a region, and device. Raises: ValueError."""
+    x, w = lowered(x), lowered(w)
     if w.dim() != 2 or x.dim() < 1 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"{op}: w must be [N, {x.shape[-1] if x.dim() else '?'}], N by the last dimension of x, "
                          f"got {list(w.shape)}; w is stored as in nn.Linear")
@@ -157,3 +159,4 @@ def check_gemm(op: str, x: Tensor, w: Tensor) -> None:
                          f"{w.device}; cast or move one of them")
     if x.dtype not in FLOATS:                                         # integers would wrap in silence
         raise ValueError(f"{op}: x and w must be float32, float64, bfloat16 or float16, got {x.dtype}; cast them")
+    return x, w

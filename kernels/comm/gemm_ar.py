@@ -122,7 +122,7 @@ def gemm_ar(x: Tensor, w: Tensor, group: Group = None) -> Tensor:
     """all_reduce(x @ w.T) over `group` (a process group, a SymmHeap, or None: one rank).
 
     Args: x [..., K/t], w [N, K/t] of one dtype. Returns: y [..., N]. Raises: ValueError on shapes or dtypes."""
-    check_gemm("gemm_ar", x, w)
+    x, w = check_gemm("gemm_ar", x, w)
     return _gemm_ar(x, w, group)
 
 
@@ -130,5 +130,5 @@ def copy_gemm(x: Tensor, w: Tensor, group: Group = None) -> Tensor:
     """x @ w.T for an x that every rank holds; the backward sums dx over `group`.
 
     Args: x [..., K], w [N/t, K] of one dtype. Returns: y [..., N/t]. Raises: ValueError on shapes or dtypes."""
-    check_gemm("copy_gemm", x, w)
+    x, w = check_gemm("copy_gemm", x, w)
     return _copy_gemm(x, w, group)

@@ -149,7 +149,7 @@ def gemm_rs(x: Tensor, w: Tensor, group: Group = None) -> Tensor:
 
     Args: x [S, ..., K/t], w [N, K/t] of one dtype, S divisible by the group's size. Returns: y [S/t, ..., N].
     Raises: ValueError on shapes or dtypes."""
-    check_gemm("gemm_rs", x, w)
+    x, w = check_gemm("gemm_rs", x, w)
     if x.dim() < 2 or x.shape[0] % group_size(group):
         raise ValueError(f"gemm_rs: dim 0 of x must be divisible by the {group_size(group)} ranks of the group, "
                          f"got {list(x.shape)}; pad it")
@@ -161,7 +161,7 @@ def ag_gemm(x: Tensor, w: Tensor, group: Group = None, *, regather: bool = True)
 
     Args: x [S/t, ..., K], w [N/t, K] of one dtype. regather: the backward gathers x again for dw, and 1/t of the bytes is kept
     until then; False keeps the gathered x. Returns: y [S, ..., N/t]. Raises: ValueError on shapes or dtypes."""
-    check_gemm("ag_gemm", x, w)
+    x, w = check_gemm("ag_gemm", x, w)
     if x.dim() < 2:
         raise ValueError(f"ag_gemm: x must have a dim 0 to gather and a last dim, got {list(x.shape)}")
     return _ag_gemm(x, w, not regather, group)[0]

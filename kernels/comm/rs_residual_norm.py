@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..autocast import widened
 from ..dispatch import CPP, INTERPRET, fused
-from ..layer_norm import add_layer_norm_ref
-from ..rms_norm import add_rms_norm_ref
+from ..layer_norm import add_layer_norm, add_layer_norm_ref
+from ..rms_norm import add_rms_norm, add_rms_norm_ref
 from . import overlap
 from .agree import agree, check_device
 from .collectives import _gather, _heap, _reduce_scatter, reduce_scatter
@@ -140,6 +141,9 @@ def rs_residual_norm(partial: Tensor, residual: Tensor, weight: Tensor, eps: flo
         if p is not None and p.shape != partial.shape[-1:]:
             raise ValueError(f"rs_residual_norm: {name} must be {[*partial.shape[-1:]]}, the last dimension of partial, "
                              f"got {list(p.shape)}")
+    if widened(partial, residual, weight, bias) is not None:          # what travels stays in 16 bits
+        x = reduce_scatter(partial, group)
+        return add_rms_norm(x, residual, weight, eps) if bias is None else add_layer_norm(x, residual, weight, bias, eps)
     if any(p is not None and (p.dtype != partial.dtype or p.device != partial.device) for p in (residual, weight, bias)):
         raise ValueError(f"rs_residual_norm: partial, residual, weight and bias must have one dtype and device, got {partial.dtype}, "
                          f"{residual.dtype}, {weight.dtype} and {bias.dtype if bias is not None else 'no bias'}; cast them")
