@@ -405,8 +405,8 @@ def test_what_counts_as_slower():
 
 def test_every_op_has_a_bench():
     assert {p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")} == {*OPS}
-    helpers = {"__init__", "chunks", "dispatch", "gemm", "heap", "agree", "choose", "machine", "overlap", "pad", "protocol", "registry",
-               "signals", "tile", "walk", "triton_ag", "triton_ar", "triton_moe", "triton_rs",
+    helpers = {"__init__", "autocast", "chunks", "dispatch", "gemm", "heap", "agree", "choose", "machine", "overlap", "pad", "protocol",
+               "registry", "signals", "tile", "walk", "triton_ag", "triton_ar", "triton_moe", "triton_rs",
                "multicast_ar"}   # no op of their own, or a path of one
     ops = {p.stem for p in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "kernels/comm").glob("*.py")]} - helpers
     assert ops <= {*OPS}, f"without a bench: {sorted(ops - {*OPS})}"
