@@ -6,11 +6,11 @@ First every way is called twice: its error against fp64 is that of its outputs a
 two calls gave the same bits. A torch.compile that takes over a minute is given up, and its row says so. Then every round times
 each way once, in rotating order, from caches in the same state (clocks.py); figures are p20 / p50 / p80 over rounds, and the
 ratio to ours is the median of the ratios within a round, so that a machine that slows down slows all of them. With a group a
-sample starts at a barrier and costs what its slowest rank costs. A second sitting, a minute later and in other memory, is timed
-and not checked again; its rows hold the samples of both. A row is `noisy` when p80 / p20 is over
-1.3, when the ratios of the first and the second half of the run (of the two sittings), or of its odd and even rounds, differ by
-over 10%, or when they scatter so much that those of a second run may; `loaded` when others kept the cores busy. A way that fails
-has a row that says how, and the others go on. A row without an error against fp64 cannot be made.
+sample starts at a barrier and costs what its slowest rank costs. A second sitting, after all other cases and in other memory, is
+timed and not checked again; its rows hold the samples of both. A row is `noisy` when p80 / p20 is over 1.3, when the ratios of
+the first and the second half of the run (of the two sittings), or of its odd and even rounds, differ by over 10%, or when they
+scatter so much that those of a second run may; `loaded` when others kept the cores busy. A way that fails has a row that says how,
+and the others go on. A row without an error against fp64 cannot be made.
 """
 import itertools
 import math

@@ -69,8 +69,11 @@ def unfinished(folder: Path, ops: list[str], stamp: dict[str, Any]) -> str:
 
 
 def measured(folder: Path, op: str, run: str, sitting: int = 1) -> list[dict[str, Any]]:
-    """The cases of an op that a run has rows of, of this sitting or a later one: rows of a case are written at once."""
-    return [r["case"] for r in read(folder, op, run) if r.get("sitting", 1) >= sitting]
+    """The cases of an op that a run has rows of, none with figures of earlier sittings alone: rows of a case are written at once, and a
+    way that failed is not tried again."""
+    found = read(folder, op, run)
+    left = [r["case"] for r in found if "samples_us" in r and r.get("sitting", 1) < sitting]
+    return [r["case"] for r in found if r["case"] not in left]
 
 
 def key(row: Row) -> tuple[Any, ...]:

@@ -154,6 +154,10 @@ def one(op: str, case: Case, device: str, group: dist.ProcessGroup | None, seed:
         why = failure(e)
     if why := together(why, group):
         made = None
+    if made is None and earlier:
+        if group is None or dist.get_rank(group) == 0:
+            print(f"\nbench: {op}: {case}: no second sitting, the first's figures stand: {why}", file=sys.stderr, flush=True)
+        return []
     if made is None:
         return [{"schema": SCHEMA, "op": op, "case": case.key(), "device": device, "seed": seed, "way": "interlace", "failed": why}]
     how = pace(sweep)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import cross_entropy, dispatch, gated, gelu, layer_norm, rms_norm, swiglu
+from ..kernels.autocast import undisturbed
 from ..kernels.comm.gemm import gemm
 from ..kernels.comm.gemm_ar import reduced_product
 from ..parallel.tensor_parallel import ColumnParallelLinear
@@ -130,6 +131,11 @@ def _alike(*tensors: Tensor | None) -> bool:
     return not stock() and all(t.dtype == there[0].dtype and t.device == there[0].device for t in there)
 
 
+def _of_its_own(norm: Any, x: Tensor) -> AbstractContextManager[None]:
+    """Autocast changes what torch's own norms return (kernels/autocast.py); a model's own casts back to its input's dtype."""
+    return nullcontext() if norm._interlace.original.__module__.startswith("torch.") else undisturbed(x)
+
+
 class RMSNorm(Fused):
     """rms_norm, with Gemma's 1 + w too: the sum is made in fp32, where it has room."""
 
@@ -137,7 +143,8 @@ class RMSNorm(Fused):
         if not _alike(x, self.weight):
             return super().forward(x)
         eps = torch.finfo(x.dtype).eps if self._interlace.eps is None else self._interlace.eps
-        return rms_norm(x, self.weight, eps, self._interlace.offset)
+        with _of_its_own(self, x):
+            return rms_norm(x, self.weight, eps, self._interlace.offset)
 
 
 class LayerNorm(Fused):
@@ -145,7 +152,10 @@ class LayerNorm(Fused):
 
     def forward(self, x):
         bias = getattr(self, "bias", None)
-        return layer_norm(x, self.weight, bias, self._interlace.eps) if _alike(x, self.weight, bias) else super().forward(x)
+        if not _alike(x, self.weight, bias):
+            return super().forward(x)
+        with _of_its_own(self, x):
+            return layer_norm(x, self.weight, bias, self._interlace.eps)
 
 
 class GatedMLP(Fused):

@@ -226,7 +226,7 @@ def _config(args: argparse.Namespace) -> tuple[Config, int]:
     from .parallel.layout import Layout
     config = load_config(args.config, args.overrides)
     if getattr(args, "data", None):
-        if config.data.paths:
+        if any(o.partition("=")[0].strip() == "data.paths" for o in args.overrides):   # a run's own config.yaml holds those it began with
             raise UserError("the text must be given once, got both --data and data.paths; keep one")
         config = replace(config, data=replace(config.data, paths=args.data))
     m = config.model
@@ -247,7 +247,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.profile is not None and args.profile < 1:
         raise UserError(f"--profile must be >= 1, the steps to trace, got {args.profile}")
     config, world = _config(args)
-    check_paths(config.data.paths)
+    check_paths(config.data.paths, args.out)
     kwargs = {"config": to_dict(config), "out": args.out, "profile": args.profile or 0}
     return launch(world, "interlace.models.train:train", kwargs, again=RESUME,
                   **({"grace": 20.0} if args.profile else {}))        # a trace is written on the way out
@@ -283,7 +283,7 @@ def _explain(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from .rank import call
     for name, holds, rule in (("tokens", args.tokens >= 1, ">= 1"), ("temperature", args.temperature >= 0, ">= 0"),
-                              ("top-k", args.top_k >= 0, ">= 0"), ("seed", args.seed >= 0, ">= 0")):
+                              ("top-k", args.top_k >= 0, ">= 0"), ("seed", 0 <= args.seed < 2**63, "in [0, 2^63)")):
         if not holds:
             raise UserError(f"--{name} must be {rule}, got {getattr(args, name.replace('-', '_'))}")
     return call("interlace.models.generate:main", {k: getattr(args, k) for k in (

@@ -227,7 +227,8 @@ def write_part(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def publish(temporary: Path, state: dict[str, Any], parts: int, keep: int) -> None:
-    """Make the checkpoint of the `parts` files in `temporary`: rename, then move `latest`, then drop all but the newest `keep`.
+    """Make the checkpoint of the `parts` files in `temporary`: rename, then move `latest`, then drop all but the newest `keep` up to it
+    (a run that was set back leaves what is after it). Folders of other names are not ours.
     Raises: OSError where a part is not to be seen from here (another host's disk)."""
     folder, digests, hashes = temporary.parent, {}, sorted(temporary.glob("*.sha256"))
     if len(hashes) != parts:
@@ -243,8 +244,19 @@ def publish(temporary: Path, state: dict[str, Any], parts: int, keep: int) -> No
     temporary.rename(final)
     _sync(folder)
     _point(folder, final.name)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for old in [p for p in saved(folder) if p.name <= final.name][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; not what a user put beside them (step-best)."""
+    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+
+
+def tokenizer_of(state: dict[str, Any], run: Path) -> str:
+    """The tokenizer that a checkpoint names; where that file is gone and the run's folder holds one (a converted run that moved), that."""
+    name, beside = str(state.get("tokenizer", "bytes")), run / "tokenizer.json"
+    return str(beside) if name != "bytes" and not Path(name).exists() and beside.exists() else name
 
 
 def sweep(out: Path) -> None:
@@ -284,7 +296,7 @@ def find(out: Path) -> Path | None:
     name = pointer.read_text(errors="replace").strip()
     folder = pointer.parent / name
     if folder.parent != pointer.parent or not (folder / "state.json").exists():
-        others = sorted(p.name for p in pointer.parent.glob("step-*"))
+        others = [p.name for p in saved(pointer.parent)]
         raise UserError(f"checkpoint: {pointer} names {name!r}, which is not complete; write one of {others} into it, "
                         "or use another --out")
     return folder
@@ -295,7 +307,7 @@ def resume(out: Path, config: Config, model: nn.Module, vocab_size: int, optimiz
     """Load the newest checkpoint that is what was written, from `latest` backwards; None where there is none at all. What is passed
     over goes to `skipped`, a line each. Raises: UserError as `load`, and Damaged where none is left."""
     pointer = out / "checkpoints" / "latest"
-    newest = sorted(pointer.parent.glob("step-*"), reverse=True)
+    newest = saved(pointer.parent)[::-1]
     if not pointer.exists() and not newest:
         return None
     latest = pointer.read_text(errors="replace").strip() if pointer.exists() else ""
@@ -303,6 +315,7 @@ def resume(out: Path, config: Config, model: nn.Module, vocab_size: int, optimiz
         newest = [f for f in newest if f.name <= latest]
     else:
         skipped(f"checkpoint: {pointer} names {latest!r}, which is not there")
+        newest = [f for f in newest if latest and f.name <= latest] or newest
     damage: Damaged | None = None
     for folder in newest:
         try:
@@ -353,6 +366,8 @@ def load(folder: Path, config: Config, model: nn.Module, vocab_size: int, optimi
     words = {*here, *there}
     if ("num_moe_experts" in here) != ("num_moe_experts" in there):   # one of them is dense: that says it
         words -= {*EXPERT_WORDS} - {"num_moe_experts"}
+    if all(w.get("moe_router_score_function") == "softmax" and not w.get("moe_router_pre_softmax") for w in (here, there)):
+        words -= {"moe_router_norm_topk_prob"}                        # softmax over the chosen sums to 1, whatever it says
     if differ := [f"{w} is {there.get(w)} there and {here.get(w)} here" for w in sorted(words) if here.get(w) != there.get(w)]:
         raise UserError(f"checkpoint: {folder} is of another model: " + "; ".join(differ) + ". Use that model's config, or another --out")
     verify_files(folder, state)

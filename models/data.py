@@ -56,10 +56,15 @@ def default_files() -> list[Path]:
     return files
 
 
-def check_paths(paths: Sequence[str]) -> None:
-    """Raise one UserError that names every path that is neither file nor folder. For the parent, before any rank."""
-    raise_problems("data", [f"data.paths must be files and folders that exist, got {p}" for p in paths
-                                  if not (Path(p).is_file() or Path(p).is_dir())])
+def check_paths(paths: Sequence[str], out: str | None = None) -> None:
+    """Raise one UserError that names every path that is neither file nor folder, has a name that is no UTF-8, or is the folder `out`, which
+    the run writes to. For the parent, before any rank."""
+    shown = {p: os.fsencode(p).decode(errors="replace") for p in paths}
+    raise_problems("data", [
+        *(f"data.paths must be files and folders that exist, got {shown[p]}" for p in paths if not (Path(p).is_file() or Path(p).is_dir())),
+        *(f"data.paths must have names in UTF-8, got {shown[p]}; rename it" for p in paths if os.fsencode(p) != shown[p].encode()),
+        *(f"data.paths must not be --out, got {shown[p]}: the run would read its own files; choose a folder in it for --out"
+          for p in paths if out is not None and Path(p).is_dir() and Path(p).resolve() == Path(out).resolve())])
 
 
 def _walk(folder: Path, names: Set[str] = frozenset(), exclude: Set[Path] = frozenset()) -> Iterator[Path]:

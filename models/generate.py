@@ -37,7 +37,7 @@ def generate(out: str | Path, prompt: str = "", *, tokens: int = 200, temperatur
     out = Path(out)
     folder: Path | None = out
     if (out / "state.json").exists():
-        out = out.parent.parent
+        out = out.resolve().parent.parent
     else:
         folder = checkpoint.find(out)
     if folder is None:
@@ -47,12 +47,17 @@ def generate(out: str | Path, prompt: str = "", *, tokens: int = 200, temperatur
         raise UserError(f"generate: --out must hold the config.yaml that the run wrote, got {out} without it; write the run's config there")
     config = load_config(str(out / "config.yaml"), ["tp=1", "sp=false"])
     words = checkpoint.read_state(folder)
-    tokenizer = load_tokenizer(words["tokenizer"])
+    tokenizer = load_tokenizer(checkpoint.tokenizer_of(words, out))
     model = GPT(config.model, vocab_size=words["model"]["vocab_size"], seed=config.trainer.seed, dtype=DTYPES[config.trainer.precision])
     checkpoint.load(folder, config, model, words["model"]["vocab_size"])
     model.eval()
     start = tokenizer.encode(prompt) or [tokenizer.eod if tokenizer.eod is not None else 0]
     ids, shown, generator = list(start), "", torch.Generator().manual_seed(seed)
+    before = len(tokenizer.decode(start))
+
+    def continuation() -> str:
+        """Of all ids: decoded alone, a first word would lose the space before it."""
+        return tokenizer.decode(ids)[before:]
     if stream:
         stream.write(prompt)
     for _ in range(tokens):
@@ -62,14 +67,14 @@ def generate(out: str | Path, prompt: str = "", *, tokens: int = 200, temperatur
         ids.append(sample(logits, temperature=temperature, top_k=top_k, generator=generator))
         if ids[-1] == tokenizer.eod:
             break
-        text = tokenizer.decode(ids[len(start):])
+        text = continuation()
         if stream and not text.endswith("�"):                    # a character may take several tokens
             stream.write(text[len(shown):])
             stream.flush()
             shown = text
     if stream:
-        stream.write(tokenizer.decode(ids[len(start):])[len(shown):] + "\n")
-    return prompt + tokenizer.decode(ids[len(start):])
+        stream.write(continuation()[len(shown):] + "\n")
+    return prompt + continuation()
 
 
 def main(out: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> int:

@@ -249,8 +249,11 @@ def to_hf(source: Path, target: Path) -> str:
     checkpoint.verify_files(folder, state)
     shapes, by_name = dict(parameters(w)), {row.theirs: row for row in rows(architecture, w)}
     sizes = [(name, BYTES[precision] * sum(prod(shapes[n]) for n in row.ours)) for name, row in by_name.items()]
-    tokenizer = state.get("tokenizer", "bytes")
-    eos = load_tokenizer(tokenizer).eod if tokenizer == "bytes" or Path(tokenizer).exists() else None
+    tokenizer = checkpoint.tokenizer_of(state, folder.resolve().parent.parent)
+    if tokenizer != "bytes" and not Path(tokenizer).exists():
+        raise UserError(f"convert: the run's tokenizer must be there, got {tokenizer}, which is gone; put it beside config.yaml as "
+                        "tokenizer.json")
+    eos = load_tokenizer(tokenizer).eod
     config = to_config(architecture, w, seq_length=state["seq_length"], precision=precision,
                        eos=eos if eos is not None and eos < w["vocab_size"] else None)
     with _whole_or_nothing(target) as temporary, checkpoint.open_files(folder, "model", state) as f:
@@ -263,7 +266,7 @@ def to_hf(source: Path, target: Path) -> str:
             index = {"metadata": {"total_size": sum(size for _, size in sizes)}, "weight_map": where}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         (temporary / "config.json").write_text(json.dumps(config, indent=1))
-        if tokenizer != "bytes" and Path(tokenizer).exists():
+        if tokenizer != "bytes":
             shutil.copyfile(tokenizer, temporary / "tokenizer.json")
     return architecture
 
@@ -366,15 +369,21 @@ def _their_files(folder: Path) -> Iterator[checkpoint.Files]:
 
 @contextlib.contextmanager
 def _whole_or_nothing(target: Path) -> Iterator[Path]:
-    """A folder that becomes `target` at the end, and nothing before. Raises: UserError unless `target` is free."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    """A folder that becomes `target` at the end, and nothing before; of one that is there, which may be a mount, the files do, config.json
+    last. Raises: UserError unless `target` is free."""
+    target, there = target.resolve(), target.exists()
+    temporary = target / ".writing" if there else target.with_name(f".{target.name}.writing")
+    if there and (not target.is_dir() or any(p != temporary for p in target.iterdir())):
         raise UserError(f"convert: --to-hf must be a new or empty folder, got {target}; choose another")
-    temporary = target.with_name(f".{target.name}.writing")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        temporary.replace(target)
+        if not there:
+            temporary.replace(target)
+            return
+        for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
+            path.replace(target / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -106,7 +106,7 @@ def plot_loss(out: str | Path, *, file: TextIO | None = None) -> Path | None:
     axes.plot(steps, losses, color="#9db7d5", linewidth=0.8, marker="." if len(rows) < 3 else None, label="each step")
     axes.plot(steps, smooth, color="#1f4e8c", linewidth=1.8, label="running mean")
     axes.set(xlabel="step", ylabel="loss (nats per token)",
-             title=f"{Path(out).name}: {losses[0]:.3f} to {smooth[-1]:.3f}")
+             title=f"{os.fsencode(Path(out).name).decode(errors='replace')}: {losses[0]:.3f} to {smooth[-1]:.3f}")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     path = Path(out) / "loss.png"

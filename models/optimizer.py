@@ -46,7 +46,8 @@ class Optimizer:
     """AdamW of what this rank steps of `ddp`'s parameters: all of them, or its parts of every bucket under ZeRO-1.
 
     `own` holds, for each buffer, flat tensors of exactly that: the moments, and fp32 masters where the weights are 16-bit. Weights that
-    others wrote since (load_state_dict) go on from there: their masters are copied anew."""
+    others wrote since (load_state_dict, copy_ under no_grad) go on from there: their masters are copied anew. What is written through
+    p.data nothing tells of: it is written over."""
 
     def __init__(self, ddp: DistributedDataParallel, cfg: OptimConfig):
         self.ddp, self.cfg, self.reduced, self.steps = ddp, cfg, False, 0

@@ -119,8 +119,12 @@ class Run:
             if self.main and state["data"] not in (None, tokens.digest):   # None: converted weights
                 print(f"interlace: the text is not the one that {out} was trained on so far; going on with the new text at sample "
                       f"{self.samples}", file=sys.stderr, flush=True)
+            was, now = (state.get("seed"), state.get("seq_length")), (config.trainer.seed, config.model.seq_length)
+            if self.main and state["data"] is not None and was != now:
+                print(f"interlace: (trainer.seed, model.seq_length) was {was} and is {now}: the samples are others, or in another order; "
+                      f"going on at number {self.samples}", file=sys.stderr, flush=True)
         self.saver = checkpoint.Saver(out, config, self.optimizer, self.vocab_size,
-                                      {"tokenizer": config.data.tokenizer, "data": tokens.digest})
+                                      {"tokenizer": absolute(config.data.tokenizer), "data": tokens.digest})
         if self.step > config.trainer.max_steps:
             raise UserError(f"trainer.max_steps must be at least the {self.step} steps that {out} has been trained for, "
                             f"got {config.trainer.max_steps}; raise it, or use another --out")
@@ -156,7 +160,7 @@ class Run:
                 if log is not None and self.step == first and (paths := paths_taken(calls_of(self.model))):
                     (self.out / "paths.txt").write_text("\n".join(paths) + "\n")
                 row = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_per_second": tokens / seconds,
-                       "seconds": seconds, "samples": self.samples, "tokens": self.step * tokens, **self.balance()}
+                       "seconds": seconds, "samples": self.samples, "tokens": self.samples * c.model.seq_length, **self.balance()}
                 if log is not None and progress is not None:
                     if self.step % c.trainer.log_every_n_steps == 0 or self.step == c.trainer.max_steps:
                         log.write(row)
@@ -251,12 +255,17 @@ def device_of(config: Config) -> torch.device:
     return torch.device("cuda", local)
 
 
+def absolute(tokenizer: str) -> str:
+    """Its name from any folder."""
+    return tokenizer if tokenizer == "bytes" else str(Path(tokenizer).absolute())
+
+
 def prepare_out(out: Path) -> None:
     """Make the folder and prove it can be written. Raises: UserError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".probe"
-        probe.write_text("")
+        probe.write_text("x")                                         # an empty one fits on a full disk
         probe.unlink()
     except OSError as e:
         raise UserError(f"--out must be a folder that can be written, got {out}: {e.strerror or e}; choose another") from None
@@ -306,6 +315,7 @@ def _train(run: Run, config: Config, out: str | Path, profile: int) -> int:
         made = [n for n in ("metrics.jsonl", "loss.png", "config.yaml", "paths.txt", "checkpoints") if (Path(out) / n).exists()]
         name = shlex.quote(str(out))
         command = "interlace" if shutil.which("interlace") else f"{os.path.relpath(sys.executable)} -m interlace"
-        print(f"step {run.step}: loss {last.get('loss', float('nan')):.4f}. In {out}: {', '.join(made)}\n"
-              f"sample from it: {command} generate --out {name} --prompt 'def '", flush=True)
+        with contextlib.suppress(BrokenPipeError):                    # nobody reads it; the run is done all the same
+            print(f"step {run.step}: loss {last.get('loss', float('nan')):.4f}. In {out}: {', '.join(made)}\n"
+                  f"sample from it: {command} generate --out {name} --prompt 'def '", flush=True)
     return 0

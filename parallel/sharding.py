@@ -169,7 +169,7 @@ def named_pieces(model: nn.Module) -> Iterator[tuple[str, Piece, nn.Parameter]]:
         for name in module.described if isinstance(module, Described) else ():
             if module._parameters.get(name) is not None and not hasattr(module._parameters[name], "pieces"):
                 raise ValueError(f"{where or type(module).__name__}: its {name} must be described by pieces, got a parameter put there by "
-                                 f"hand; copy values into the layer's own (layer.{name}.data.copy_(...)), or call "
+                                 f"hand; copy values into the layer's own (torch.no_grad(): layer.{name}.copy_(...)), or call "
                                  "interlace.parallel.sharding.set_pieces on yours")
     for name, param in model.named_parameters():
         *path, leaf = name.split(".")

@@ -179,6 +179,26 @@ def test_resume(bench, tmp_path, capsys, monkeypatch):
     assert bench.run("--quick", "--resume") == 2 and "this is commit 123" in capsys.readouterr().err
 
 
+def test_what_cannot_be_built_twice(bench, tmp_path, capsys):
+    """A case that failed is not built again in the second sitting; one that then fails keeps the figures of the first."""
+    bench.cases = staticmethod(lambda sweep, world: [CASE, Case("double", "other", {"N": 8})])
+    made, fails = [], {0, 2}
+
+    def ways(case, make):
+        made.append(case.name)
+        if len(made) - 1 in fails:
+            raise MemoryError("out of memory")
+        return tiny()
+    bench.ways = staticmethod(ways)
+    assert bench.run("--quick") == 0 and made == ["tiny", "other", "other"]
+    assert "no second sitting, the first's figures stand: out of memory" in capsys.readouterr().err
+    found = {(r["case"]["name"], r["way"]): r for r in rows.read(tmp_path, "swiglu", "")}
+    assert "out of memory" in found["tiny", "interlace"]["failed"] and len(found) == 3
+    assert all(found["other", way]["sitting"] == 1 and found["other", way]["p50_us"] > 0 for way in ("interlace", "torch eager"))
+    assert bench.run("--quick", "--resume") == 0 and made == ["tiny", "other", "other", "other"], "that case is tried again"
+    assert all(r["sitting"] == 2 for r in rows.read(tmp_path, "swiglu", "") if "p50_us" in r)
+
+
 def test_seconds_are_shared(bench, capsys):
     """A case of every function and pass comes first; what is left out is said. Time that is over still buys one case."""
     shapes = [Case(call, name, {"N": 8}, direction=d) for call in ("a", "b") for name in ("s", "t") for d in ("fwd", "bwd")]
@@ -253,8 +273,9 @@ def test_readme_measures_its_own_cases(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "launch", lambda world, target, job, again: (jobs.append((world, job)), 0)[1])
     assert readme.measure(["gemm_ar", "train_step"], tmp_path) == 0
     assert [(w, j["names"], j["sweep"], len(j["only"])) for w, j in jobs] == [
-        (1, ["train_step"], "cpu", 1), (2, ["gemm_ar"], "cpu", 2), (2, ["gemm_ar"], "quick", 2), (2, ["gemm_ar"], "quick", 2),
-        (2, ["train_step"], "cpu", 5)]
+        (1, ["train_step"], "cpu", 1), (2, ["gemm_ar"], "cpu", 2), (2, ["gemm_ar"], "quick", 2), (2, ["train_step"], "cpu", 5),
+        (2, ["gemm_ar"], "quick", 2)]
+    assert [j["sitting"] for _, j in jobs] == [1, 1, 1, 1, 2], "a sweep between the two"
     assert len({j["run"] for _, j in jobs}) == 1
 
 

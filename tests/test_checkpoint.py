@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -135,6 +136,18 @@ def test_a_dense_checkpoint_and_a_config_with_experts_differ_in_one_word(saved):
         checkpoint.load(checkpoint.find(out), cfg, build(cfg, Mesh())[0], 41)
 
 
+def test_what_softmax_over_the_chosen_says_of_its_sum_is_no_other_model(tmp_path):
+    """Those probs sum to 1 either way: a run of a single choice goes on with the word that says it is meant. Not so of sigmoids."""
+    for score, refused in (("softmax", False), ("sigmoid", True)):
+        cfgs = [config({**GQA, "num_moe_experts": 4, "moe_router_score_function": score, "moe_router_norm_topk_prob": norm})
+                for norm in (None, True)]
+        models = [build(cfg, Mesh()) for cfg in cfgs]
+        out = tmp_path / score
+        checkpoint.save(out, cfgs[0], models[0][1], step=1, samples=4, vocab_size=41)
+        with pytest.raises(UserError, match="moe_router_norm_topk_prob is None there and True here") if refused else nullcontext():
+            checkpoint.load(checkpoint.find(out), cfgs[1], models[1][0], 41)
+
+
 def test_other_precision_is_refused(saved):
     out, cfg, model, opt = saved
     other = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, precision="bf16"))
@@ -171,3 +184,19 @@ def test_old_ones_go(saved):
     for step in (3, 4, 5):
         checkpoint.save(out, cfg, opt, step=step, samples=0, vocab_size=41)
     assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == [f"step-{s:08d}" for s in (3, 4, 5)]
+
+
+def test_a_run_that_was_set_back_keeps_what_it_writes(saved):
+    """The newest by name was kept, and what had just been written went; so did what a user put beside them."""
+    out, cfg, model, opt = saved
+    keep = lambda n: dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, keep_checkpoints=n))  # noqa: E731
+    names = lambda: sorted(p.name for p in (out / "checkpoints").glob("step-*"))  # noqa: E731
+    for step in (4, 5):
+        checkpoint.save(out, keep(3), opt, step=step, samples=0, vocab_size=41)
+    for copy in ("step-best", "step-00000001-mine"):
+        shutil.copytree(out / "checkpoints" / "step-00000005", out / "checkpoints" / copy)
+    checkpoint.save(out, keep(1), opt, step=3, samples=0, vocab_size=41)
+    assert names() == ["step-00000001-mine", "step-00000003", "step-00000004", "step-00000005", "step-best"]
+    assert checkpoint.find(out).name == "step-00000003"
+    (out / "checkpoints" / "latest").write_text("step-00000004x")     # names nothing: what is newer may be another branch's
+    assert checkpoint.resume(out, cfg, model, 41, opt)["step"] == 4

@@ -98,6 +98,9 @@ def test_closed_streams(streams):
     (["train", "model.num_moe_experts=4", "model.moe_router_topk=1"], "moe_router_pre_softmax must be true with moe_router_topk 1"),
     (["train", "model.moe_router_load_balancing_type=[aux_loss, none]"], "must name different losses, or none alone"),
     (["generate", "--top-k", "-1"], "--top-k must be >= 0, got -1"),
+    (["generate", "--seed", "9" * 20], "--seed must be in [0, 2^63), got 999"),
+    (["train", "--data", ".", "--out", "."], "data.paths must not be --out, got .: the run would read its own files"),
+    (["train", "--data", "caf\udce9.txt"], "data.paths must have names in UTF-8"),
     (["generate", "tp=2"], "unknown argument tp=2"),
     (["convert", "--to-hf", "/nope/x", "--out", "/nope"], "--out must be the folder of a checkpoint"),
     (["convert", "--from-hf", "/nope"], "--from-hf must be a folder with config.json"),
@@ -159,6 +162,10 @@ def test_train_passes_config_and_data_on(launched, tmp_path):
     assert target == "interlace.models.train:train" and kwargs["out"] == "o" and "resume" in options["again"]
     assert kwargs["config"]["optim"]["lr"] == 3e-4 and kwargs["config"]["data"]["paths"] == [str(tmp_path), str(odd)]
     assert cli.main(["train", "--data", str(tmp_path), f"data.paths={tmp_path}"]) == 2
+    own = tmp_path / "config.yaml"                                    # a run's own, with the text it began with
+    own.write_text(f"data:\n  paths: [{tmp_path}]\n")
+    assert cli.main(["train", "--config", str(own), "--out", "o", "--data", str(odd)]) == 0
+    assert launched[-1][2]["config"]["data"]["paths"] == [str(odd)]
 
 
 @pytest.mark.parametrize("words, wanted", [

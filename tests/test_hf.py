@@ -246,3 +246,19 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert cli.main(["convert", "--from-hf", str(tmp_path / "hf"), "--out", str(tmp_path / "y")]) == 1
     assert capsys.readouterr().err.count("No space left on device; nothing was left behind") == 2
     assert {p.name for p in tmp_path.iterdir() if any(p.rglob("*"))} == {"run", "hf"}
+
+
+def test_into_an_empty_folder_that_is_there(tmp_path, monkeypatch):
+    """It may be a mount or the current folder, which no rename replaces: its files come, or none. A tokenizer that is gone is said."""
+    saved(tmp_path / "run", MODELS["llama"][0], "fp32")
+    here = tmp_path / "here"
+    here.mkdir()
+    before = here.stat().st_ino
+    monkeypatch.chdir(here)
+    hf.to_hf(tmp_path / "run", pathlib.Path("."))
+    assert {p.name for p in here.iterdir()} == {"config.json", "model.safetensors"} and here.stat().st_ino == before
+    state = checkpoint.find(tmp_path / "run") / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"tokenizer": "/nope/tok.json"}))
+    with pytest.raises(UserError, match=r"tokenizer must be there, got /nope/tok\.json, which is gone; put it beside config\.yaml"):
+        hf.to_hf(tmp_path / "run", tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -1,7 +1,10 @@
 """Hugging Face models over tp, sp and ep under torch.autocast: as near to fp32 as the stock model under it, dtypes its own."""
+import copy
+
 import pytest
 import torch
 from ranks import kept, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import interlace
 from interlace.dropin.layers import gather
@@ -79,3 +82,34 @@ def _trainer(rank, folder):
 def test_trainer_with_bf16(tmp_path):
     pytest.importorskip("accelerate", reason="Trainer needs accelerate")
     run(2, _trainer, tmp_path)
+
+
+class OwnRMSNorm(torch.nn.Module):
+    """As transformers write theirs."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(D)), 1e-6
+
+    def forward(self, x):
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(x.dtype)
+
+
+def test_a_models_own_norm_keeps_its_dtype_on_cuda():
+    """There autocast has torch's layer_norm return fp32, and every product after it would cast: not a norm that casts back itself."""
+    stock = torch.nn.Sequential(OwnRMSNorm(256), torch.nn.LayerNorm(256)).bfloat16()
+    ours = copy.deepcopy(stock)
+    assert len(interlace.replace_(ours).replaced) == 2
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(4, 256, dtype=torch.bfloat16, device="cuda")
+        for layer in (*stock, *ours):
+            for name in layer._parameters:
+                layer._parameters[name] = torch.nn.Parameter(torch.empty(256, dtype=x.dtype, device="cuda"))
+        torch.set_autocast_enabled("cuda", True)                      # torch.autocast turns itself off where there is no GPU
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            got = [layer(x).dtype for layer in (*stock, *ours)]
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert got == [torch.bfloat16, torch.float32] * 2

@@ -155,7 +155,7 @@ def _train_after_another(rank, overrides, out):
     _train(rank, overrides, out)
 
 
-def test_generate(tmp_path, text):
+def test_generate(tmp_path, text, monkeypatch):
     out = tmp_path / "run"
     run(2, _train_after_another, [*TINY, *text, "trainer.max_steps=40", "tp=2", "sp=true"], out)
     paths = (out / "paths.txt").read_text()                           # which path each op took, and why
@@ -168,11 +168,30 @@ def test_generate(tmp_path, text):
     assert generate(out, "x" * 100, tokens=3)                         # longer than the window
     assert generate(out, "", tokens=3) is not None
     assert generate(out / "checkpoints" / (out / "checkpoints" / "latest").read_text(), "x", tokens=3) == generate(out, "x", tokens=3)
+    monkeypatch.chdir(out / "checkpoints" / (out / "checkpoints" / "latest").read_text())
+    assert generate(".", "x", tokens=3) == generate(out, "x", tokens=3)
+    monkeypatch.undo()
     with pytest.raises(UserError, match="train first"):
         generate(tmp_path / "nowhere", "a")
     (out / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"must hold the config\.yaml that the run wrote"):
         generate(out, "a")
+
+
+def test_generate_keeps_the_space_before_a_word(tmp_path, monkeypatch):
+    """SentencePiece's tokenizers decode a first word without it: what followed the prompt was decoded alone. From another folder, too."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    made.train_from_iterator(["the fox " * 50], tokenizers.trainers.BpeTrainer(vocab_size=40, special_tokens=["<unk>"]))
+    made.save(str(tmp_path / "tok.json"))
+    (tmp_path / "text.txt").write_text("the fox " * 4000)
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, "data.paths=[text.txt]", "data.tokenizer=tok.json", "trainer.max_steps=30"]
+    assert train(load_config(None, words), "run") == 0
+    monkeypatch.chdir("run")
+    said = generate("..//run", "the fox the", tokens=8, temperature=0)
+    assert {*said.split()} == {"the", "fox"} and len(said.split()) > 4, said
 
 
 def test_sample():
@@ -197,3 +216,12 @@ def test_user_mistakes(tmp_path, text):
     train(load_config(None, [*TINY, *text, "trainer.max_steps=2"]), tmp_path / "two")
     with pytest.raises(UserError, match="at least the 2 steps"):
         train(load_config(None, [*TINY, *text, "trainer.max_steps=1"]), tmp_path / "two")
+
+
+def test_what_changes_the_samples_is_said_and_tokens_count_them(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    train(load_config(None, [*TINY, *text, "trainer.max_steps=2"]), out)
+    assert "the samples are others" not in capsys.readouterr().err
+    train(load_config(None, [*TINY, *text, "trainer.max_steps=4", "trainer.seed=7", "model.global_batch_size=8"]), out)
+    assert "(trainer.seed, model.seq_length) was (1234, 32) and is (7, 32): the samples are others" in capsys.readouterr().err
+    assert [(r["samples"], r["tokens"]) for r in rows(out)] == [(n, 32 * n) for n in (4, 8, 16, 24)]
