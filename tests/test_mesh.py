@@ -167,3 +167,16 @@ def test_build_refuses_what_does_not_fit(layout, wanted):
     """Each rank trained alone: tp=3 of 2 ranks made axes of one."""
     with pytest.raises(ValueError, match=re.escape(wanted)):
         Mesh.build(layout)
+
+
+def _two_refuse(rank):
+    """Each of the two made axes of one rank for these, and trained alone."""
+    for layout, wanted in ((Layout(2, tp=3), "must divide the 2 ranks, got 3 x 1"), (Layout(2, tp=2, pp=2), "got 2 x 2"),
+                           (Layout(2, ep=3), "dp x tp = 2 ranks of a stage, got ep=3"), (Layout(2, tp=2, ep=4), "got ep=4")):
+        with pytest.raises(ValueError, match=re.escape(wanted)):
+            Mesh.build(layout)
+    assert Mesh.build(Layout(2, tp=2, ep=2)).tp.size == 2
+
+
+def test_build_refuses_what_does_not_fit_two_ranks():
+    run(2, _two_refuse)
