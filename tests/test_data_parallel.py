@@ -250,6 +250,26 @@ def test_zero1_plain_and_one_process_have_the_same_bits(world, tp):
     run(world, _same_bits, world, tp)
 
 
+def _loaded_later(rank):
+    """Weights that are loaded after the optimizer was made, in 16 bits: each rank's parts of the masters are copied anew."""
+    mesh = mesh2()
+    for zero1 in (False, True):
+        model = nn.Sequential(nn.Linear(33, 17), nn.Linear(17, 5)).bfloat16()
+        opt = Optimizer(DistributedDataParallel(model, mesh, bucket_size=128, use_distributed_optimizer=zero1),
+                        OptimConfig(lr=0.1, min_lr=0.0, weight_decay=0.0))
+        want = {n: torch.arange(p.numel()).view_as(p).bfloat16() for n, p in model.named_parameters()}
+        model.load_state_dict(want)
+        opt.ddp(torch.ones(2, 33, dtype=torch.bfloat16)).sum().backward()
+        opt.step(0.0)
+        assert all(torch.equal(p, want[n]) for n, p in model.named_parameters()), f"zero1={zero1}"
+        names = {p: n for n, p in model.named_parameters()}
+        assert all(torch.equal(t, want[names[p]].float()) for p, t in opt.state("master")), f"zero1={zero1}"
+
+
+def test_weights_loaded_after_the_optimizer_stay():
+    run(2, _loaded_later)
+
+
 def _gathers_in_the_next_forward(rank):
     """The last layer's weights come only after the first layer's forward has run: a step that waits for all would never end."""
     mesh, first_ran, threads = mesh2(), threading.Event(), set()
